@@ -1,0 +1,106 @@
+"""Reading headers, indexes and configs; each damaged file has its own words."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cogx.model_loaders.files import (
+    check_not_quantized,
+    check_shapes,
+    main_dtype,
+    read_header,
+    read_headers,
+    read_json,
+    weight_files,
+)
+from cogx.models.specs import SpecError
+from safetensors.torch import save_file
+
+
+@pytest.fixture()
+def weights(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(40, dtype=torch.bfloat16)}, path, metadata={"k": "v"})
+    return path
+
+
+def test_header(weights):
+    tensors, metadata = read_header(weights)
+    assert tensors["a"].shape == (2, 3) and tensors["b"].dtype == "BF16"
+    assert metadata == {"k": "v"}
+    assert main_dtype(tensors) == "BF16"
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda data: data[:-7], "is truncated: expected"),
+    (lambda data: data[:40], "truncated"),
+    (lambda data: b"<html>not found</html>", "not a safetensors file"),
+    (lambda data: b"", "not a safetensors file"),
+    (lambda data: data[:8] + b"\xff" * (len(data) - 8), "header is damaged"),
+    (lambda data: b"\x02" + b"\0" * 7 + b"[]", "header is damaged"),
+    (lambda data: b"\x0a" + b"\0" * 7 + b'{"a": "b"}', "header is damaged"),
+    (lambda data: b"\x09" + b"\0" * 7 + b'{"a": {}}', "header is damaged"),
+])
+def test_damaged_file(weights, damage, message):
+    weights.write_bytes(damage(weights.read_bytes()))
+    with pytest.raises(SpecError, match=message):
+        read_header(weights)
+
+
+def test_one_file_or_shards(tmp_path, weights):
+    assert weight_files(tmp_path) == [weights]
+    variant = tmp_path / "model.fp16.safetensors"
+    save_file({"a": torch.zeros(1)}, variant)
+    assert weight_files(tmp_path) == [weights]
+    variant.unlink()
+    shard = tmp_path / "model-2.safetensors"
+    save_file({"c": torch.zeros(1)}, shard)
+    with pytest.raises(SpecError, match=r"expected one \.safetensors file"):
+        weight_files(tmp_path)
+    index = {"weight_map": {"a": weights.name, "b": weights.name, "c": shard.name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert set(weight_files(tmp_path)) == {weights, shard}
+    assert set(read_headers(weight_files(tmp_path))) == {"a", "b", "c"}
+    shard.unlink()
+    with pytest.raises(SpecError, match=r"lacks .'model-2\.safetensors'."):
+        weight_files(tmp_path)
+
+
+def test_no_weights(tmp_path):
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(SpecError, match=r"got \['weights\.bin'\]\. Download the weights in safetensors format"):
+        weight_files(tmp_path)
+    with pytest.raises(SpecError, match="Missing folder"):
+        weight_files(tmp_path / "none")
+
+
+def test_json(tmp_path):
+    file = tmp_path / "config.json"
+    with pytest.raises(SpecError, match="Missing file"):
+        read_json(file)
+    file.write_text("{")
+    with pytest.raises(SpecError, match="not valid JSON"):
+        read_json(file)
+    file.write_text("[]")
+    with pytest.raises(SpecError, match="expected a JSON object, got list"):
+        read_json(file)
+
+
+def test_quantized_weights_are_refused(weights):
+    tensors, _ = read_header(weights)
+    check_not_quantized(tensors, "here")
+    for name in ("a.scale_weight", "a.weight_scale", "a.comfy_quant", "scaled_fp8"):
+        with pytest.raises(SpecError, match=r"here is quantized .*download the unquantized file"):
+            check_not_quantized({**tensors, name: tensors["a"]}, "here")
+
+
+def test_shapes_that_do_not_fit():
+    check_shapes({"a": (1,), "extra": (2,)}, {"a": (1,)}, "here")
+    with pytest.raises(SpecError, match=r"here: 1 of 2 weights are missing, such as \['b'\]"):
+        check_shapes({"a": (1,)}, {"a": (1,), "b": (2,)}, "here")
+    with pytest.raises(SpecError, match=r"a: expected \[2\], got \[1\]"):
+        check_shapes({"a": (1,)}, {"a": (2,)}, "here")
+    with pytest.raises(SpecError, match=r"here: 1 weights more than its config\.json says"):
+        check_shapes({"a": (1,), "transformer_blocks.1.x": (1,)}, {"a": (1,)}, "here")
