@@ -1,0 +1,90 @@
+"""What happens around every sampling run of a CogVideoX MODEL, whichever node starts it (OUTER_SAMPLE wrapper).
+
+Checks the latent, adds the padding frames of 1.5 and drops them again, and stops after the first step if it is NaN.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..specs import VAE_TEMPORAL_RATIO, ModelSpec, check_latent
+
+log = logging.getLogger("cogx")
+
+# Seeds the padding's noise apart from the video's: XOR, because seed + 1 overflows at the maximum and repeats the
+# generator of core's ancestral noise.
+PADDING_SEED = 0x434F4758
+
+
+def padding_noise(noise: Tensor, frames: int, seed: int | None) -> Tensor:
+    """Noise of the padding frames: [B, C, frames, H, W]. Zeros if the run adds no noise (a second stage)."""
+    shape = (noise.shape[0], noise.shape[1], frames, *noise.shape[3:])
+    if not torch.count_nonzero(noise):
+        return noise.new_zeros(shape)
+    generator = torch.Generator("cpu").manual_seed((seed or 0) ^ PADDING_SEED)
+    return torch.randn(shape, generator=generator).to(noise)
+
+
+def repeat_first(x: Tensor, frames: int) -> Tensor:
+    """[B, C, T, H, W] -> [B, C, frames + T, H, W], the first frame repeated at the front."""
+    return torch.cat([x[:, :, :1].expand(-1, -1, frames, -1, -1), x], dim=2)
+
+
+def _checked_callback(callback: Callable[..., Any] | None, padding: int, spec: ModelSpec,
+                      dtype: torch.dtype) -> Callable[..., Any]:
+    """Trims the padding frames off what previews and ``denoised_output`` see; refuses a NaN at the first step."""
+    checked = False
+
+    def trimmed(step: int, x0: Tensor, x: Tensor, total_steps: int) -> Any:
+        nonlocal checked
+        if not checked:
+            checked = True
+            if not torch.isfinite(x0).all():
+                raise ValueError(_nan_message(spec, dtype))
+        if callback is not None:
+            return callback(step, x0[:, :, padding:], x[:, :, padding:], total_steps)
+        return None
+
+    return trimmed
+
+
+def _nan_message(spec: ModelSpec, dtype: torch.dtype) -> str:
+    remedy = "Load the model with weight_dtype auto (bf16, or fp32 on cards without bf16)."
+    if dtype != torch.float16:
+        remedy = ("The weights or the prompt hold NaN, or an attention kernel failed: check the file, remove LoRAs, "
+                  "and start ComfyUI with --use-pytorch-cross-attention.")
+    return (f"The first step of CogVideoX {spec.name} gave NaN or infinite values while computing in {dtype}, so the "
+            f"video would be black; sampling stopped. {remedy}")
+
+
+def outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
+                 denoise_mask: Tensor | None = None, callback: Callable[..., Any] | None = None,
+                 disable_pbar: bool = False, seed: int | None = None, latent_shapes: Any = None) -> Tensor:
+    """OUTER_SAMPLE wrapper. Tensors are [B, C, T, H, W], unscaled.
+
+    Raises:
+        SpecError: another model's latent, or a size off the grid. ValueError: the first step is not finite.
+    """
+    model = executor.class_obj.model_patcher.model
+    check_latent(tuple(noise.shape), model.spec)
+    frames = VAE_TEMPORAL_RATIO * (noise.shape[2] - 1) + 1
+    if frames > model.spec.max_frames:
+        log.warning("%d frames: CogVideoX %s was trained on at most %d and gets poorer beyond.", frames,
+                    model.spec.name, model.spec.max_frames)
+    padding = model.spec.padding_frames(noise.shape[2])
+    callback = _checked_callback(callback, padding, model.spec, model.get_dtype_inference())
+    if padding:
+        noise = torch.cat([padding_noise(noise, padding, seed), noise], dim=2)
+        latent_image = repeat_first(latent_image, padding)
+        if denoise_mask is not None:
+            denoise_mask = repeat_first(denoise_mask, padding)
+        latent_shapes = [latent_image.shape]
+    # Positional: EasyCache's wrapper reads the sigmas as args[3].
+    samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed,
+                       latent_shapes=latent_shapes)
+    return samples[:, :, padding:]
