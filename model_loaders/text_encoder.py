@@ -1,0 +1,133 @@
+"""The T5 encoder as a ComfyUI CLIP: ComfyUI's T5 network, the token count of the model, no attention mask.
+
+CogVideoX was trained with padding tokens attended to (FACTS: no mask), and reads parentheses as text, so the tokenizer
+here pads and cuts to a fixed length and parses neither weights nor embeddings.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models_base
+import comfy.text_encoders.t5
+import torch
+
+from ..models.specs import SpecError, TextSpec
+
+log = logging.getLogger("cogx")
+
+CLIP_NAME = "t5xxl"
+_ACTIVATIONS = {"gated-gelu": ("gelu_pytorch_tanh", True), "relu": ("relu", False), "gated-relu": ("relu", True)}
+
+
+def network_config(spec: TextSpec) -> dict[str, Any]:
+    """The config dict of ``comfy.text_encoders.t5.T5``."""
+    activation, gated = _ACTIVATIONS[spec.feed_forward_proj]
+    return {
+        "num_layers": spec.num_layers, "d_model": spec.d_model, "d_kv": spec.d_kv, "num_heads": spec.num_heads,
+        "d_ff": spec.d_ff, "dense_act_fn": activation, "is_gated_act": gated, "model_type": "t5",
+        "vocab_size": spec.vocab_size,
+    }
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """How a prompt fits: tokens it has (end mark included), tokens the model takes, and the words cut off."""
+
+    used: int
+    limit: int
+    dropped: str
+
+    def __str__(self) -> str:
+        if not self.dropped:
+            return f"{self.used} of {self.limit} tokens"
+        return f"{self.used} tokens, cut to {self.limit}; dropped from: \"{self.dropped[:60]}\""
+
+
+class FixedLengthTokenizer:
+    """T5's tokenizer, padded and cut to ``max_tokens``, in the shape that ComfyUI's CLIP expects."""
+
+    def __init__(self, folder: Path, max_tokens: int) -> None:
+        from transformers import T5TokenizerFast
+
+        self.max_tokens = max_tokens
+        try:
+            self.hf = T5TokenizerFast.from_pretrained(str(folder))
+        except (OSError, ValueError) as error:
+            raise SpecError(f"The tokenizer in {folder} cannot be read ({error}). Download it again.") from error
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict[str, Any]:
+        ids = self.hf(text, padding="max_length", max_length=self.max_tokens, truncation=True)["input_ids"]
+        tokens = [(int(i), 1.0, 0) if return_word_ids else (int(i), 1.0) for i in ids]
+        return {CLIP_NAME: [tokens]}
+
+    def count(self, text: str) -> TokenCount:
+        ids = self.hf(text, verbose=False)["input_ids"]
+        dropped = "" if len(ids) <= self.max_tokens else self.hf.decode(ids[self.max_tokens - 1:-1])
+        return TokenCount(len(ids), self.max_tokens, dropped)
+
+    def untokenize(self, token_weight_pair: list[tuple[Any, ...]]) -> list[tuple[Any, str]]:
+        return [(pair, self.hf.convert_ids_to_tokens(pair[0])) for pair in token_weight_pair]
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return self.hf.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def _network_class(spec: TextSpec) -> type[comfy.sd1_clip.SD1ClipModel]:
+    config = network_config(spec)
+
+    class T5Encoder(comfy.sd1_clip.SDClipModel):
+        def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> None:
+            super().__init__(device=device, dtype=dtype, textmodel_json_config=dict(config),
+                             special_tokens={"end": 1, "pad": 0}, model_class=comfy.text_encoders.t5.T5,
+                             model_options=model_options or {})
+
+    class CogVideoXTextModel(comfy.sd1_clip.SD1ClipModel):
+        def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> None:
+            super().__init__(device=device, dtype=dtype, name=CLIP_NAME, clip_model=T5Encoder,
+                             model_options=model_options or {})
+
+    return CogVideoXTextModel
+
+
+def make_clip(state_dict: dict[str, torch.Tensor], spec: TextSpec, tokenizer_folder: Path, max_tokens: int,
+              dtype: torch.dtype, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    """A CLIP whose prompts are ``max_tokens`` long. ``state_dict`` has transformers' key names."""
+    if "shared.weight" not in state_dict and "encoder.embed_tokens.weight" in state_dict:
+        state_dict["shared.weight"] = state_dict.pop("encoder.embed_tokens.weight")
+    state_dict.pop("encoder.embed_tokens.weight", None)
+    target = comfy.supported_models_base.ClipTarget(
+        lambda embedding_directory=None, tokenizer_data=None: FixedLengthTokenizer(tokenizer_folder, max_tokens),
+        _network_class(spec))
+    parameters = sum(t.numel() for t in state_dict.values())
+    # A list: ComfyUI loads nothing from a bare dict here.
+    return comfy.sd.CLIP(target, parameters=parameters, state_dict=[state_dict], model_options={"dtype": dtype},
+                         disable_dynamic=disable_dynamic)
+
+
+def encode(clip: comfy.sd.CLIP, text: str, when_empty: str) -> tuple[list[Any], TokenCount]:
+    """CONDITIONING of a prompt, and how it fits. ``when_empty`` 'zeros' gives the authors' unconditional (FACTS 2.6).
+
+    Raises:
+        SpecError: a CLIP of another model family.
+    """
+    tokenizer = clip.tokenizer
+    if not isinstance(tokenizer, FixedLengthTokenizer):
+        raise SpecError(f"Expected the CLIP of a CogVideoX pipeline, got one with {type(tokenizer).__name__}. Load it "
+                        "with 'CogVideoX Load Pipeline' or 'CogVideoX Load Text Encoder'.")
+    count = tokenizer.count(text)
+    if count.dropped:
+        log.warning("Prompt of %d tokens cut to %d; dropped from: %r", count.used, count.limit, count.dropped[:80])
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    if when_empty == "zeros" and not text.strip():
+        conditioning = [[torch.zeros_like(tensor), options] for tensor, options in conditioning]
+    return conditioning, count
