@@ -1,0 +1,203 @@
+"""Attaches the sampling mathematics of this folder to a ComfyUI MODEL. The only file here that knows ComfyUI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.model_sampling
+import comfy.patcher_extension
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..models.specs import ModelSpec, SpecError
+from .guidance import dynamic_guidance
+from .reference import SCHEDULERS, ReferenceRun
+from .schedules import parse_timesteps, steps_after_strength, trailing_timesteps
+
+TRAILING = "trailing"
+
+# At zero terminal SNR these would spend most steps above t = 967, where all is noise: they are computed from t = 980
+# and sigma_max is put in front.
+STRETCHED = frozenset({"karras", "exponential"})
+REPAIR_TIMESTEP = 980
+# Mochi's schedule is a fraction of noise, 1 to 0; core multiplies it with sigma_max, which is right for flow models.
+NOISE_FRACTION = "linear_quadratic"
+
+GUIDANCE_KEY = "cogx_dynamic_guidance"
+
+
+def sampler_names() -> list[str]:
+    """The exact samplers, then every one of ComfyUI's KSampler."""
+    return [*SCHEDULERS, *comfy.samplers.KSampler.SAMPLERS]
+
+
+def schedule_names() -> list[str]:
+    """The reference's schedule, then every one of ComfyUI's KSampler."""
+    return [TRAILING, *comfy.samplers.KSampler.SCHEDULERS]
+
+
+def spec_of(model: Any) -> ModelSpec:
+    """The spec of a MODEL.
+
+    Raises:
+        SpecError: the model is not one of this pack's.
+    """
+    inner = getattr(model, "model", model)
+    spec = getattr(inner, "spec", None)
+    if not isinstance(spec, ModelSpec):
+        raise SpecError(f"Expected a CogVideoX MODEL, got {type(inner).__name__}. Load it with "
+                        "'CogVideoX Load Pipeline' or 'CogVideoX Load Model'.")
+    return spec
+
+
+class ReferenceSampler(comfy.samplers.Sampler):
+    """``cogvideox_ddim`` and ``cogvideox_dpm`` as a SAMPLER.
+
+    Works on variance-preserving x as the reference does. The model is called through ComfyUI in its own scaling
+    x * sqrt(sigma^2 + 1), masks and guidance included, and v is recovered from the denoised output.
+    """
+
+    def __init__(self, name: str, steps: int | None = None) -> None:
+        self.name = name
+        self.steps = steps  # of the whole schedule, where the node knows it: a short tail does not tell
+
+    def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Callable[..., Any] | None,
+               noise: Tensor, latent_image: Tensor | None = None, denoise_mask: Tensor | None = None,
+               disable_pbar: bool = False) -> Tensor:
+        if latent_image is None:
+            latent_image = torch.zeros_like(noise)
+        if len(sigmas) == 0:
+            return latent_image
+        model = model_wrap.inner_model
+        sampling, spec = model.model_sampling, getattr(model, "spec", None)
+        if spec is None:
+            raise SpecError(f"The sampler {self.name} needs a CogVideoX MODEL, got {type(model).__name__}. "
+                            "Choose one of ComfyUI's samplers.")
+        timesteps, end = _timesteps_of(sampling, sigmas)
+        if not timesteps:  # both ends round to one timestep: nothing to do but to add its noise
+            return sampling.noise_scaling(sigmas[-1], noise, latent_image)
+        run = ReferenceRun(self.name, spec.schedule, timesteps, end, self.steps)
+        denoiser = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
+        denoiser.noise, denoiser.latent_image = noise, latent_image
+        generator = torch.Generator("cpu").manual_seed(extra_args.get("seed") or 0)
+        x = run.noised(latent_image, noise)
+        for i, timestep in enumerate(timesteps):
+            sigma = sampling.sigmas[timestep].to(x)
+            denoised = denoiser(x * (sigma**2 + 1).sqrt(), sigma.expand(x.shape[0]), denoise_mask, **extra_args)
+            v = x / sigma - denoised * ((sigma**2 + 1).sqrt() / sigma)
+            after = run.step(i, v.transpose(1, 2), x.transpose(1, 2), generator)  # bcthw -> btchw
+            x, x0 = (t.transpose(1, 2) for t in after)  # btchw -> bcthw
+            if callback is not None:
+                callback(i, x0, x, len(timesteps))
+        if end is not None:
+            sigma = sampling.sigmas[end].to(x)
+            x = x * (sigma**2 + 1).sqrt()
+        return x.contiguous()
+
+
+def _timesteps_of(sampling: Any, sigmas: Tensor) -> tuple[list[int], int | None]:
+    """SIGMAS as falling timesteps, and the one at which they end; None if they end at 0.
+
+    Raises:
+        SpecError: they rise somewhere.
+    """
+    if bool((sigmas[1:] > sigmas[:-1]).any()):
+        raise SpecError("SIGMAS rise: the samplers of the reference go from noise to video only. Expected falling "
+                        "SIGMAS; use FlipSigmas' input, or one of ComfyUI's samplers.")
+    values = [int(t) for t in sampling.timestep(sigmas[sigmas > 0])]
+    end = None if float(sigmas[-1]) == 0.0 else values[-1]
+    # Schedules off the table can name a timestep twice.
+    return sorted(set(values) - {end}, reverse=True), end
+
+
+def sampler_object(name: str, steps: int | None = None) -> comfy.samplers.Sampler:
+    if name in SCHEDULERS:
+        return ReferenceSampler(name, steps)
+    return comfy.samplers.sampler_object(name)
+
+
+def _full_sigmas(sampling: Any, schedule: str, steps: int) -> Tensor:
+    if schedule == TRAILING or steps == 1:  # one step starts at full noise; kl_optimal is 0/0 and ddim_uniform at t = 1
+        return sigmas_at(sampling, trailing_timesteps(steps, len(sampling.sigmas)))
+    if schedule == NOISE_FRACTION:
+        fraction = comfy.samplers.calculate_sigmas(SimpleNamespace(sigma_max=torch.ones(())), schedule, steps)
+        return torch.cat([sampling.sigma_max.reshape(1).cpu().float(), fraction[1:] / (1 - fraction[1:])])
+    if schedule in STRETCHED and steps > 1:
+        start = SimpleNamespace(sigma_min=sampling.sigma_min, sigma_max=sampling.sigmas[REPAIR_TIMESTEP])
+        rest = comfy.samplers.calculate_sigmas(start, schedule, steps - 1)
+        return torch.cat([sampling.sigma_max.reshape(1).cpu().float(), rest])
+    return comfy.samplers.calculate_sigmas(sampling, schedule, steps)
+
+
+def sigmas_at(sampling: Any, timesteps: list[int]) -> Tensor:
+    """SIGMAS of a list of timesteps, ending at 0: [N + 1], fp32."""
+    return torch.cat([sampling.sigmas[timesteps].cpu().float(), torch.zeros(1)])
+
+
+def make_sigmas(model: Any, steps: int, schedule: str, denoise: float = 1.0, timesteps: str = "") -> Tensor:
+    """SIGMAS of a run: [steps + 1], fp32, ending at 0.
+
+    ``denoise`` is the reference's strength: the last int(steps * denoise) of ``steps`` steps. Explicit ``timesteps``
+    replace ``steps`` and ``schedule``.
+    """
+    sampling = model.get_model_object("model_sampling")
+    explicit = parse_timesteps(timesteps)
+    return _last_steps(sigmas_at(sampling, explicit) if explicit else _full_sigmas(sampling, schedule, steps), denoise)
+
+
+def make_sampler_sigmas(model: Any, sampler: str, steps: int, schedule: str, denoise: float) -> Tensor:
+    """As ``make_sigmas``, without the last-but-one sigma for the samplers that core runs so."""
+    if sampler not in comfy.samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS:
+        return make_sigmas(model, steps, schedule, denoise)
+    sigmas = _full_sigmas(model.get_model_object("model_sampling"), schedule, steps + 1)
+    return _last_steps(torch.cat([sigmas[:-2], sigmas[-1:]]), denoise)
+
+
+def _last_steps(sigmas: Tensor, denoise: float) -> Tensor:
+    total = len(sigmas) - 1
+    kept = steps_after_strength(total, denoise)
+    return sigmas[total - kept:] if kept else sigmas[:0]
+
+
+def with_dynamic_guidance(model: Any, steps: int) -> Any:
+    """A clone of MODEL whose guidance scale follows ``dynamic_guidance`` under any guider with one scale."""
+    spec_of(model)
+    model = model.clone()
+
+    def predict_noise(executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        guider = executor.class_obj
+        scale = guider.cfg
+        if scale <= 1 or not guider.conds.get("negative"):  # no guidance, nothing to vary: as the reference
+            return executor(x, timestep, *args, **kwargs)
+        t = float(guider.inner_model.model_sampling.timestep(timestep.flatten()[:1]))
+        guider.cfg = dynamic_guidance(scale, t, steps)
+        try:
+            return executor(x, timestep, *args, **kwargs)
+        finally:
+            guider.cfg = scale
+
+    model.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, GUIDANCE_KEY)
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, GUIDANCE_KEY, predict_noise)
+    return model
+
+
+def sample(model: Any, positive: Any, negative: Any, latent: dict[str, Any], seed: int, cfg: float,
+           sampler: comfy.samplers.Sampler, sigmas: Tensor) -> dict[str, Any]:
+    """Run a sampler on a LATENT and return the sampled LATENT, with ComfyUI's noise for the seed and its previews."""
+    import latent_preview
+
+    samples = comfy.sample.fix_empty_latent_channels(
+        model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    callback = latent_preview.prepare_callback(model, max(len(sigmas) - 1, 0))
+    samples = comfy.sample.sample_custom(
+        model, noise, cfg, sampler, sigmas, positive, negative, samples,
+        noise_mask=latent.get("noise_mask"), callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed)
+    kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
+    return {**kept, "samples": samples}
