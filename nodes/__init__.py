@@ -1,0 +1,28 @@
+"""The nodes: schema and one call each. What they do lives in model_loaders/ and samplers/.
+
+Node ids and inputs are a contract (tests/data/nodes.json): append optional inputs only, at the end.
+"""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .decode import Decode
+from .latent import EmptyLatent
+from .load import LoadModel, LoadPipeline, LoadTextEncoder, LoadVAE
+from .sample import DynamicGuidance, Sampler, SamplerSelect, Scheduler
+from .text import TextEncode
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadPipeline, LoadModel, LoadTextEncoder, LoadVAE, TextEncode, EmptyLatent, Sampler, SamplerSelect, Scheduler,
+    DynamicGuidance, Decode,
+]
+
+
+class CogXExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> CogXExtension:
+    return CogXExtension()

@@ -1,0 +1,208 @@
+"""Loader nodes: files to MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..model_loaders import folders
+from ..model_loaders.files import fingerprint
+from ..models.specs import PUBLISHED, check_dtype
+from .validation import check_choice, problem_of
+
+WEIGHT_DTYPES = ["auto", "bf16", "fp16", "fp32"]
+QUANTIZATIONS = ["none"]
+CATEGORY = "CogVideoX/loaders"
+
+_DTYPE_TIP = ("Precision of the weights. auto: what the model was trained in, if your card computes it (bf16; fp16 for "
+              "2B), else fp32. fp16 turns every model but 2B black and is refused for them.")
+_QUANTIZATION_TIP = "Store the weights in fewer bits to save memory. none: as they are."
+
+
+def _dtype_input() -> io.Combo.Input:
+    return io.Combo.Input("weight_dtype", options=WEIGHT_DTYPES, default="auto", tooltip=_DTYPE_TIP)
+
+
+def _quantization_input() -> io.Combo.Input:
+    return io.Combo.Input("quantization", options=QUANTIZATIONS, default="none", tooltip=_QUANTIZATION_TIP)
+
+
+class LoadPipeline(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CogXLoadPipeline",
+            display_name="CogVideoX Load Pipeline",
+            category=CATEGORY,
+            description="Loads a whole CogVideoX pipeline folder as downloaded from Hugging Face: model, text encoder "
+                        "and VAE. Which CogVideoX it is, is read from its config files.",
+            search_aliases=["CogVideoX", "CogVideo loader", "load CogVideoX checkpoint", "download CogVideo model"],
+            inputs=[
+                io.Combo.Input("pipeline", options=folders.pipeline_names(), tooltip="Folder with model_index.json, "
+                               "below models/diffusers or models/CogVideo."),
+                _dtype_input(),
+                _quantization_input(),
+            ],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, pipeline: str | None = None, weight_dtype: str | None = None) -> bool | str:
+        def check() -> None:
+            from ..model_loaders import load
+
+            check_choice("weight_dtype", weight_dtype, WEIGHT_DTYPES)
+            if pipeline is None:
+                return
+            root = folders.pipeline_path(pipeline)
+            load.check_pipeline(root)
+            check_dtype(weight_dtype or "auto", load.find_model(root / "transformer").spec)
+            load.find_text_encoder(root / "text_encoder")
+            load.find_vae(root / "vae")
+
+        return problem_of(check)
+
+    @classmethod
+    def fingerprint_inputs(cls, pipeline: str | None = None, **kwargs: Any) -> str:
+        return fingerprint(folders.pipeline_path(pipeline)) if pipeline else ""
+
+    @classmethod
+    def execute(cls, pipeline: str, weight_dtype: str, quantization: str) -> io.NodeOutput:
+        from ..model_loaders.load import load_pipeline
+
+        return io.NodeOutput(*load_pipeline(str(folders.pipeline_path(pipeline)), weight_dtype, quantization))
+
+
+class LoadModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CogXLoadModel",
+            display_name="CogVideoX Load Model",
+            category=CATEGORY,
+            description="Loads only the CogVideoX transformer, from a single file or from the transformer folder of a "
+                        "pipeline.",
+            search_aliases=["CogVideoX transformer", "CogVideo unet", "diffusion model loader CogVideoX"],
+            inputs=[
+                io.Combo.Input("checkpoint", options=folders.component_names("transformer"), tooltip="A .safetensors "
+                               "file below models/diffusion_models, or PIPELINE/transformer."),
+                _dtype_input(),
+                _quantization_input(),
+                io.Combo.Input("variant", options=["auto", *PUBLISHED], default="auto", optional=True,
+                               tooltip="Which model it is, if a single file of unusual width cannot tell: 2B has "
+                                       "sinusoidal, 5B rotary positions. A pipeline folder always tells."),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str | None = None, weight_dtype: str | None = None,
+                        variant: str | None = None) -> bool | str:
+        def check() -> None:
+            from ..model_loaders import load
+
+            check_choice("weight_dtype", weight_dtype, WEIGHT_DTYPES)
+            check_choice("variant", variant, ["auto", *PUBLISHED])
+            if checkpoint is not None:
+                path = folders.component_path("transformer", checkpoint)
+                check_dtype(weight_dtype or "auto", load.find_model(path, variant or "auto").spec)
+
+        return problem_of(check)
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str | None = None, **kwargs: Any) -> str:
+        return fingerprint(folders.component_path("transformer", checkpoint)) if checkpoint else ""
+
+    @classmethod
+    def execute(cls, checkpoint: str, weight_dtype: str, quantization: str, variant: str = "auto") -> io.NodeOutput:
+        from ..model_loaders.load import load_model
+
+        path = folders.component_path("transformer", checkpoint)
+        return io.NodeOutput(load_model(str(path), weight_dtype, quantization, variant))
+
+
+class LoadTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CogXLoadTextEncoder",
+            display_name="CogVideoX Load Text Encoder",
+            category=CATEGORY,
+            description="Loads only the T5 text encoder, from a single file or from the text_encoder folder of a "
+                        "pipeline.",
+            search_aliases=["T5 loader", "CogVideoX CLIP", "T5-XXL"],
+            inputs=[
+                io.Combo.Input("text_encoder", options=folders.component_names("text_encoder"), tooltip="A "
+                               ".safetensors file below models/text_encoders, or PIPELINE/text_encoder."),
+                io.Combo.Input("weight_dtype", options=WEIGHT_DTYPES, default="auto", tooltip="Precision of the "
+                               "weights. auto: as in the file; fp32 files in bf16 on a GPU. It computes in fp32."),
+                _quantization_input(),
+                io.Combo.Input("max_tokens", options=["auto", "226", "224"], default="auto", optional=True,
+                               tooltip="Tokens per prompt: 226 for CogVideoX 1.0, 224 for 1.5 as its authors run it. "
+                                       "auto: what the pipeline's transformer says, else 226."),
+            ],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, text_encoder: str | None = None) -> bool | str:
+        def check() -> None:
+            from ..model_loaders import load
+
+            if text_encoder is not None:
+                load.find_text_encoder(folders.component_path("text_encoder", text_encoder))
+
+        return problem_of(check)
+
+    @classmethod
+    def fingerprint_inputs(cls, text_encoder: str | None = None, **kwargs: Any) -> str:
+        return fingerprint(folders.component_path("text_encoder", text_encoder)) if text_encoder else ""
+
+    @classmethod
+    def execute(cls, text_encoder: str, weight_dtype: str, quantization: str,
+                max_tokens: str = "auto") -> io.NodeOutput:
+        from ..model_loaders.load import load_text_encoder, text_tokens_beside
+
+        path = folders.component_path("text_encoder", text_encoder)
+        tokens = text_tokens_beside(path) if max_tokens == "auto" else int(max_tokens)
+        return io.NodeOutput(load_text_encoder(str(path), weight_dtype, quantization, tokens))
+
+
+class LoadVAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CogXLoadVAE",
+            display_name="CogVideoX Load VAE",
+            category=CATEGORY,
+            description="Loads only the CogVideoX VAE, from a single file or from the vae folder of a pipeline.",
+            search_aliases=["CogVideoX VAE", "CogVideo autoencoder"],
+            inputs=[
+                io.Combo.Input("vae", options=folders.component_names("vae"), tooltip="A .safetensors file below "
+                               "models/vae, or PIPELINE/vae."),
+                io.Combo.Input("weight_dtype", options=WEIGHT_DTYPES, default="auto", tooltip="Precision of the VAE. "
+                               "auto: bf16 if your card computes it, else fp32."),
+            ],
+            outputs=[io.Vae.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, vae: str | None = None) -> bool | str:
+        def check() -> None:
+            from ..model_loaders import load
+
+            if vae is not None:
+                load.find_vae(folders.component_path("vae", vae))
+
+        return problem_of(check)
+
+    @classmethod
+    def fingerprint_inputs(cls, vae: str | None = None, **kwargs: Any) -> str:
+        return fingerprint(folders.component_path("vae", vae)) if vae else ""
+
+    @classmethod
+    def execute(cls, vae: str, weight_dtype: str) -> io.NodeOutput:
+        from ..model_loaders.load import load_vae
+
+        return io.NodeOutput(load_vae(str(folders.component_path("vae", vae)), weight_dtype))

@@ -1,0 +1,261 @@
+"""The shipped workflows, help pages and thumbnails in ComfyUI's own front end, on classic and on Vue nodes."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import av
+import pytest
+from cogx.scripts.make_workflows import open_front_end
+from cogx.tests.comfy_server import ROOT, ComfyServer, Run
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+PACK = "comfyui-cogx"
+WORKFLOWS = ROOT / "workflows"
+NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
+TINY = {"text_to_video": "5B", "text_to_video_1.5": "1.5-5B"}
+WIDTH, HEIGHT, FRAMES, STEPS = 96, 64, 17, 4
+THUMBNAIL_BYTES = 60_000
+
+# What the front end says in error overlays, dialogs and toasts; nodes that it does not know.
+COMPLAINTS = """() => {
+    const boxes = ["[data-testid*=error]", "[role=alert]", "[role=alertdialog]", "[role=dialog]",
+                   ".p-toast-message-error", ".comfy-modal"];
+    const seen = [...document.querySelectorAll(boxes.join())].filter(box => box.checkVisibility());
+    const said = seen.map(box => box.innerText);
+    const unknown = app.graph.nodes.filter(node => node.has_errors || !(node.type in LiteGraph.registered_node_types));
+    return [...said.filter(text => text.trim()), ...unknown.map(node => `unknown node ${node.type}`)];
+}"""
+DRAWN_AS_VUE_NODES = """expected => expected ===
+    app.graph.nodes.every(node => document.querySelector(`[data-node-id="${node.id}"]`) !== null)"""
+SETTLED = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+SET_WIDGETS = """values => {
+    for (const [id, name, value] of values) {
+        const widget = app.graph.getNodeById(id).widgets.find(widget => widget.name === name);
+        widget.value = value;
+        widget.callback?.(value);
+    }
+}"""
+# Node boxes in graph units, titles included: as drawn for Vue nodes, which may be taller than the graph says.
+BOXES = """() => app.graph.nodes.map(node => {
+    const element = document.querySelector(`[data-node-id="${node.id}"]`);
+    const height = element ? element.offsetHeight : node.size[1] + LiteGraph.NODE_TITLE_HEIGHT;
+    return {title: node.title, left: node.pos[0], right: node.pos[0] + node.size[0],
+            top: node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, bottom: node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT + height};
+})"""
+
+OpenPage = Callable[[ComfyServer], "Page"]
+
+both_renderers = pytest.mark.parametrize("vue_nodes", [False, True], ids=["classic", "vue"])
+each_workflow = pytest.mark.parametrize("name", NAMES)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@dataclass
+class Pages:
+    """The front ends that are open, one per server and renderer, and the scripts that failed in them."""
+
+    browser: Browser
+    opened: dict[tuple[str, bool], Page] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def get(self, server: ComfyServer, vue_nodes: bool) -> Page:
+        key = (server.url, vue_nodes)
+        if key not in self.opened:
+            self.opened[key] = open_front_end(self.browser, server.url, vue_nodes)
+            self.opened[key].on("pageerror", lambda error: self.failures.append(str(error)))
+        return self.opened[key]
+
+
+@pytest.fixture(scope="module")
+def pages(browser: Browser) -> Pages:
+    return Pages(browser)
+
+
+@pytest.fixture
+def open_page(pages: Pages, vue_nodes: bool) -> Iterator[OpenPage]:
+    """A server's front end with the nodes that the test asks for; no script may have failed in it meanwhile."""
+    pages.failures.clear()
+    yield lambda server: pages.get(server, vue_nodes)
+    assert pages.failures == []
+
+
+def load(page: Page, name: str, vue_nodes: bool) -> None:
+    page.evaluate("workflow => app.loadGraphData(workflow)", read(WORKFLOWS / f"{name}.json"))
+    page.wait_for_function(DRAWN_AS_VUE_NODES, arg=vue_nodes, timeout=10_000)
+    page.evaluate(SETTLED)
+
+
+def converted(page: Page) -> dict[str, Any]:
+    """What the front end would queue."""
+    return page.evaluate("app.graphToPrompt().then(made => made.output)")
+
+
+def without_titles(prompt: dict[str, Any]) -> dict[str, Any]:
+    return {node: {key: value for key, value in content.items() if key != "_meta"} for node, content in prompt.items()}
+
+
+def without_newer_defaults(prompt: dict[str, Any], twin: dict[str, Any], server: ComfyServer) -> dict[str, Any]:
+    """``prompt`` without optional inputs of core's nodes, at their defaults, that the twin lacks: not every ComfyUI
+    has them, and it runs on all."""
+    kept = {}
+    for node, content in prompt.items():
+        kind = content["class_type"]
+        schema = server.get(f"/object_info/{kind}")[kind]["input"].get("optional", {})
+        given = twin.get(node, {"inputs": {}})["inputs"]
+        defaults = {} if kind.startswith("CogX") else {
+            name: spec[1]["default"] for name, spec in schema.items() if name not in given and "default" in spec[1]}
+        inputs = {name: value for name, value in content["inputs"].items()
+                  if name not in defaults or value != defaults[name]}
+        kept[node] = {**content, "inputs": inputs}
+    return kept
+
+
+def queue_from_page(page: Page, server: ComfyServer, name: str, text: str) -> Run:
+    """Run the loaded workflow, made tiny, from within the page."""
+    api = read(WORKFLOWS / "api" / f"{name}.json")
+    node_of = {content["class_type"]: int(node) for node, content in reversed(api.items())}
+    latent = node_of["CogXEmptyLatent"]
+    page.evaluate(SET_WIDGETS, [
+        [node_of["CogXLoadPipeline"], "pipeline", TINY[name]], [node_of["CogXTextEncode"], "text", text],
+        [latent, "width", WIDTH], [latent, "height", HEIGHT], [latent, "length", FRAMES],
+        [node_of["CogXSampler"], "steps", STEPS],
+    ])
+    with page.expect_response("**/api/prompt") as response:
+        page.evaluate("app.queuePrompt(0, 1)")
+    answer = response.value.json()
+    assert not answer.get("error") and not answer.get("node_errors"), answer
+    return server.wait(answer["prompt_id"])
+
+
+def test_each_api_workflow_has_its_ui_twin_and_picture() -> None:
+    for suffix in ("json", "jpg"):
+        assert sorted(path.stem for path in WORKFLOWS.glob(f"*.{suffix}")) == NAMES
+    assert sorted(TINY) == NAMES
+
+
+@each_workflow
+def test_the_file_is_flat_and_bound_to_no_machine(name: str) -> None:
+    text = (WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")
+    workflow = json.loads(text)
+    assert not workflow.get("definitions")  # subgraphs
+    sampler = next(node for node in workflow["nodes"] if node["type"] == "CogXSampler")
+    assert "fixed" in sampler["widgets_values"]  # queueing again after a failed decode must not sample again
+    assert not re.search(r"/(home|root|tmp|work|Users)/|[A-Z]:\\\\|127\.0\.0\.1|localhost", text)
+
+
+@pytest.mark.browser
+@pytest.mark.server
+@pytest.mark.parametrize("comfyui", ["server", "oldest_server"], ids=["newest", "oldest"])
+@both_renderers
+@each_workflow
+def test_front_end_converts_it_to_the_api_twin(request: pytest.FixtureRequest, open_page: OpenPage, comfyui: str,
+                                               vue_nodes: bool, name: str) -> None:
+    server: ComfyServer = request.getfixturevalue(comfyui)
+    page = open_page(server)
+    load(page, name, vue_nodes)
+    assert page.evaluate(COMPLAINTS) == []  # neither about the pipeline, which is not here
+    twin = read(WORKFLOWS / "api" / f"{name}.json")
+    made = without_titles(converted(page))
+    assert without_newer_defaults(made, twin, server) == without_titles(twin)
+    titles = {str(node): title for node, title in page.evaluate("app.graph.nodes.map(node => [node.id, node.title])")}
+    assert {node: titles[node] for node in twin} == {node: content["_meta"]["title"] for node, content in twin.items()}
+
+
+@pytest.mark.browser
+@pytest.mark.server
+@pytest.mark.parametrize("comfyui", ["server", "oldest_server"], ids=["newest", "oldest"])
+@both_renderers
+@each_workflow
+def test_nodes_do_not_overlap(request: pytest.FixtureRequest, open_page: OpenPage, comfyui: str, vue_nodes: bool,
+                              name: str) -> None:
+    page = open_page(request.getfixturevalue(comfyui))
+    load(page, name, vue_nodes)
+    boxes = page.evaluate(BOXES)
+    overlaps = [
+        (one["title"], other["title"])
+        for index, one in enumerate(boxes) for other in boxes[:index]
+        if max(one["left"], other["left"]) < min(one["right"], other["right"])
+        and max(one["top"], other["top"]) < min(one["bottom"], other["bottom"])
+    ]
+    assert overlaps == []
+
+
+@pytest.mark.browser
+@pytest.mark.server
+@both_renderers
+@each_workflow
+def test_it_runs_from_the_page_and_shows_the_token_count(server: ComfyServer, open_page: OpenPage, vue_nodes: bool,
+                                                         name: str) -> None:
+    page = open_page(server)
+    load(page, name, vue_nodes)
+    # A text that no other test has: what is cached is not run, and shows nothing.
+    run = queue_from_page(page, server, name, f"a red balloon over the sea, {'vue' if vue_nodes else 'classic'}")
+    api = read(WORKFLOWS / "api" / f"{name}.json")
+    node_of = {content["class_type"]: node for node, content in reversed(api.items())}
+
+    with av.open(str(server.output(run, node_of["SaveVideo"]))) as video:
+        assert video.format.name.startswith("mov,mp4")
+        stream = video.streams.video[0]
+        frames = [(frame.width, frame.height) for frame in video.decode(stream)]
+        assert frames == [(WIDTH, HEIGHT)] * FRAMES
+        assert float(stream.average_rate) == api[node_of["CreateVideo"]]["inputs"]["fps"]
+
+    prompt_node = node_of["CogXTextEncode"]
+    count, = run.outputs[prompt_node]["text"]
+    assert re.fullmatch(r"\d+ of 22[46] tokens", count)
+    place = page.locator(f"[data-node-id='{prompt_node}']") if vue_nodes else page.locator(".dom-widget")
+    place.get_by_text(count, exact=True).wait_for(state="visible", timeout=10_000)
+
+
+@pytest.mark.server
+def test_every_node_has_a_help_page(server: ComfyServer) -> None:
+    nodes = [name for name, info in server.get("/object_info").items() if info["python_module"].endswith(PACK)]
+    assert len(nodes) > 5
+    missing = [name for name in nodes if not fetch(server, f"/extensions/{PACK}/docs/{name}.md")]
+    assert missing == []
+
+
+def fetch(server: ComfyServer, path: str) -> bytes:
+    """The content at ``path``, or nothing if there is none."""
+    try:
+        with urllib.request.urlopen(server.url + path, timeout=30) as response:
+            return response.read()
+    except urllib.error.HTTPError as error:
+        assert error.code == 404, error
+        return b""
+
+
+@pytest.mark.server
+def test_template_browser_gets_workflows_and_pictures(server: ComfyServer) -> None:
+    assert sorted(server.get("/api/workflow_templates")[PACK]) == NAMES
+    for name in NAMES:
+        assert server.get(f"/api/workflow_templates/{PACK}/{name}.json") == read(WORKFLOWS / f"{name}.json")
+        picture = fetch(server, f"/api/workflow_templates/{PACK}/{name}.jpg")
+        assert picture.startswith(b"\xff\xd8\xff") and len(picture) < THUMBNAIL_BYTES
+
+
+@pytest.mark.browser
+@pytest.mark.server
+@pytest.mark.parametrize("vue_nodes", [True], ids=["vue"])  # a dialog: it is the same with both
+def test_template_browser_shows_workflows_and_pictures(server: ComfyServer, open_page: OpenPage) -> None:
+    page = open_page(server)
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text(PACK, exact=True).first.click()
+    for name in NAMES:
+        dialog.get_by_text(name, exact=True).wait_for(state="visible", timeout=10_000)
+    page.wait_for_function("count => [...document.querySelectorAll('[role=dialog] img')]"
+                           ".filter(image => image.naturalWidth === 512).length === count", arg=len(NAMES),
+                           timeout=10_000)

@@ -1,0 +1,80 @@
+"""The layer rule of the pack, on its import graph: nodes -> model_loaders, samplers -> models."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS = ("nodes", "model_loaders", "samplers", "models")
+FILES = [file for layer in LAYERS for file in sorted((ROOT / layer).rglob("*.py"))]
+
+ALLOWED = {"nodes": {"nodes", "model_loaders", "samplers", "models"}, "model_loaders": {"model_loaders", "models"},
+           "samplers": {"samplers", "models"}, "models": {"models"}}
+
+# Pure files test without ComfyUI and without a GPU.
+PURE = {"models/specs.py", "models/noise_schedule.py", "models/cogvideox/positions.py", "model_loaders/detect.py",
+        "model_loaders/files.py", "samplers/schedules.py", "samplers/guidance.py", "samplers/reference.py",
+        "nodes/validation.py"}
+HOST = ("comfy", "comfy_api", "folder_paths", "server", "latent_preview", "nodes", "execution")
+
+# Start-up imports the nodes: nothing heavy, and no dependency whose absence would stop the pack from loading.
+START_UP = {"__init__.py", *(f"nodes/{f.name}" for f in (ROOT / "nodes").glob("*.py")), "model_loaders/folders.py",
+            "model_loaders/files.py", "models/specs.py", "samplers/schedules.py"}
+LAZY = ("diffusers", "transformers", "accelerate", "safetensors", "einops", "torch")
+
+
+def imports(file: Path, top_level_only: bool = False) -> list[str]:
+    """Absolute dotted names that ``file`` imports; those of the pack begin with 'cogx.'."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    package = ["cogx", *file.relative_to(ROOT).parts[:-1]]
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found += [f"{module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def name(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_arrows(file):
+    layer = file.relative_to(ROOT).parts[0]
+    inside = {imported.split(".")[1] for imported in imports(file) if imported.startswith("cogx.")}
+    assert inside <= ALLOWED[layer], f"{name(file)} may import {ALLOWED[layer]} only"
+
+
+@pytest.mark.parametrize("file", sorted(PURE))
+def test_pure_files_know_no_comfyui(file):
+    host = [imported for imported in imports(ROOT / file) if imported.split(".")[0] in HOST]
+    assert not host
+
+
+def test_samplers_meet_comfyui_in_the_adapter_only():
+    others = [file for file in FILES if name(file).startswith("samplers/") and file.name != "adapter.py"]
+    assert not [name(file) for file in others for imported in imports(file) if imported.split(".")[0] in HOST]
+
+
+@pytest.mark.parametrize("file", sorted(START_UP))
+def test_start_up_imports_nothing_heavy(file):
+    if not (ROOT / file).exists():
+        pytest.fail(f"{file} is gone; correct START_UP")
+    heavy = [imported for imported in imports(ROOT / file, top_level_only=True) if imported.split(".")[0] in LAZY]
+    assert not heavy
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_no_print_and_no_absolute_imports_of_the_pack(file):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert not [call.lineno for call in calls if call.func.id == "print"]
+    assert not [imported for imported in imports(file) if imported.split(".")[0] in LAYERS]
