@@ -1,0 +1,120 @@
+"""The memory that this pack asks of ComfyUI against what its networks really hold, at the published sizes in bf16.
+
+Measured on the meta device by accounting (benchmarks/live_memory.py): activations that are alive at once. Weights and
+inputs are not counted. Attention counts its output but no matrix of scores, and RoPE its output, as the fused CUDA
+kernels do; workspaces inside kernels are not seen.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.ldm.modules.attention
+import pytest
+import torch
+from cogx.benchmarks.live_memory import LiveMemory, accounting
+from cogx.model_loaders.vae import CogVideoXVAE
+from cogx.models.cogvideox.base_model import CogVideoXConfig, CogVideoXModel
+from cogx.models.specs import PUBLISHED, Geometry, ModelSpec, VAESpec
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = 0.15
+DTYPE = torch.bfloat16
+
+
+def meta(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def check(estimate: float, memory: LiveMemory) -> None:
+    ratio = estimate / memory.peak
+    words = f"estimate {estimate / 2**20:.1f} MiB is {ratio:.3f} x the {memory.describe_peak()}"
+    assert abs(ratio - 1) <= TOLERANCE, words
+
+
+@pytest.fixture(scope="module", params=PUBLISHED)
+def model(request: pytest.FixtureRequest) -> CogVideoXModel:
+    config = CogVideoXConfig(PUBLISHED[request.param])
+    config.set_inference_dtype(DTYPE, None)
+    return config.get_model(device="meta")
+
+
+def model_input_shape(spec: ModelSpec, batch: int) -> tuple[int, ...]:
+    """[B, C, T, H, W] that ComfyUI plans with: the native clip, padding frames included, noise channels only."""
+    geometry = Geometry(spec, spec.native_width, spec.native_height, spec.transformer.sample_frames)
+    b, c, t, h, w = geometry.latent_shape(batch)
+    return b, c, t + spec.padding_frames(t), h, w
+
+
+def forward(model: CogVideoXModel, shape: tuple[int, ...]) -> LiveMemory:
+    spec = model.spec
+    batch = shape[0]
+    x = meta(batch, spec.transformer.in_channels, *shape[2:])
+    context = meta(batch, spec.text_tokens, spec.transformer.text_embed_dim)
+    timestep, ofs = meta(batch, dtype=torch.float32), meta(batch, dtype=torch.float32)
+    # What a CUDA run uses; on a CPU ComfyUI would choose a sliced attention.
+    options = {"optimized_attention_override": lambda _, *args, **kwargs:
+               comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)}
+    with accounting() as memory:
+        out = model.diffusion_model(x, timestep, context, ofs=ofs, transformer_options=options)
+    assert out.shape == shape
+    return memory
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_transformer_estimate(model: CogVideoXModel, batch: int) -> None:
+    shape = model_input_shape(model.spec, batch)
+    check(model.memory_required(shape), forward(model, shape))
+
+
+def test_transformer_estimate_of_a_short_small_clip() -> None:
+    """The estimate follows the size: text tokens weigh more in a small clip."""
+    config = CogVideoXConfig(PUBLISHED["5B"])
+    config.set_inference_dtype(DTYPE, None)
+    model = config.get_model(device="meta")
+    check(model.memory_required((2, 16, 3, 32, 48)), forward(model, (2, 16, 3, 32, 48)))
+
+
+@pytest.fixture(scope="module")
+def vae() -> CogVideoXVAE:
+    with torch.device("meta"):
+        return CogVideoXVAE(VAESpec(), DTYPE)
+
+
+def run_chunks(chunks: Callable[[torch.Tensor], Iterator[Any]], x: torch.Tensor) -> LiveMemory:
+    with accounting() as memory:
+        for chunk in chunks(x):
+            assert chunk.device.type == "meta"
+    return memory
+
+
+NATIVE = [(480, 720, 49), (768, 1360, 81)]
+
+
+@pytest.mark.parametrize("height, width, frames", [*NATIVE, (480, 720, 1), (480, 720, 9), (256, 384, 17)])
+def test_decode_estimate(vae: CogVideoXVAE, height: int, width: int, frames: int) -> None:
+    shape = (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
+    check(vae.memory_used_decode(shape, DTYPE), run_chunks(vae.first_stage_model.decode_chunks, meta(*shape)))
+
+
+@pytest.mark.parametrize("height, width, frames", [*NATIVE, (480, 720, 1), (480, 720, 9), (256, 384, 17)])
+def test_encode_estimate(vae: CogVideoXVAE, height: int, width: int, frames: int) -> None:
+    shape = (1, 3, frames, height, width)
+    check(vae.memory_used_encode(shape, DTYPE), run_chunks(vae.first_stage_model.encode_chunks, meta(*shape)))
+
+
+def test_the_benchmark_reports_them_on_a_cpu(tmp_path: Path) -> None:
+    """benchmarks/run.py without a GPU: overhead per step at tiny size, and the same account at full size."""
+    output = tmp_path / "table.md"
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--cpu", "--variants", "2B", "--contenders", "cogx",
+               "--rounds", "1", "--repeat", "1", "--measures", "overhead", "live-forward-1", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in output.read_text(encoding="utf-8").splitlines() if "| cogx |" in line]
+    assert [row[0] for row in rows] == ["| sampling step around a network that does nothing",
+                                        "| transformer forward, batch 1"]
+    assert rows[0][2].endswith(" ms") and float(rows[1][2]) > 0
