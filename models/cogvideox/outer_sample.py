@@ -22,12 +22,15 @@ PADDING_SEED = 0x434F4758
 
 
 def padding_noise(noise: Tensor, frames: int, seed: int | None) -> Tensor:
-    """Noise of the padding frames: [B, C, frames, H, W]. Zeros if the run adds no noise (a second stage)."""
-    shape = (noise.shape[0], noise.shape[1], frames, *noise.shape[3:])
+    """Noise of the padding frames: [B, C, frames, H, W]. Zeros if the run adds no noise (a second stage).
+
+    One draw for all videos of a batch, so that each comes out as it would alone, wherever it stands in the batch.
+    """
+    shape = (1, noise.shape[1], frames, *noise.shape[3:])
     if not torch.count_nonzero(noise):
-        return noise.new_zeros(shape)
+        return noise.new_zeros(shape).expand(noise.shape[0], *shape[1:])
     generator = torch.Generator("cpu").manual_seed((seed or 0) ^ PADDING_SEED)
-    return torch.randn(shape, generator=generator).to(noise)
+    return torch.randn(shape, generator=generator).to(noise).expand(noise.shape[0], *shape[1:])
 
 
 def repeat_first(x: Tensor, frames: int) -> Tensor:

@@ -297,6 +297,19 @@ def test_padding_frames(tiny_pipelines, variant, error):
     assert error(model.model.process_latent_in(out), expected[:, :, 1:]) <= 1e-4
 
 
+@pytest.mark.parametrize("variant", ["5B", "1.5-5B"])
+def test_videos_of_a_batch_are_those_of_single_runs(tiny_pipelines, variant, error):
+    model = load_model(str(tiny_pipelines / variant / "transformer"))
+    tokens = model.model.spec.text_tokens
+    positive, negative = torch.randn(2, 1, tokens, 32, generator=torch.Generator().manual_seed(5))
+    prompts, noise = ([[positive, {}]], [[negative, {}]]), noise_of(0, (3, *SHAPE[1:]))
+    sigmas = adapter.make_sigmas(model, 4, "trailing")
+    batch = run(model, prompts, "cogvideox_ddim", sigmas, noise, seed=3)
+    for i in range(3):
+        single = run(model, prompts, "cogvideox_ddim", sigmas, noise[i:i + 1], seed=3)
+        assert error(batch[i:i + 1], single) <= 1e-5
+
+
 @pytest.mark.parametrize("schedule", [name for name in adapter.schedule_names() if name != "ddim_uniform"])
 def test_schedules_start_at_the_top_and_are_not_degenerate(model, schedule):
     sigmas = adapter.make_sigmas(model, 10, schedule)
