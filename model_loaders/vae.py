@@ -199,9 +199,19 @@ class CogVideoXVAE(comfy.sd.VAE):
     def encode(self, pixel_samples: Tensor) -> Tensor:
         """The mean of the posterior, exact. [frames, H, W, 3] is one video, [B, frames, H, W, 3] a batch of videos.
 
-        Returns [B, 16, T, h, w], unscaled.
+        Returns [B, 16, T, h, w], unscaled. Only if memory runs out it goes on in tiles, as core does, with a warning.
         """
         video = self._to_video(pixel_samples)
+        try:
+            return self._encode_exact(video)
+        except Exception as error:  # noqa: BLE001 - the host knows which errors mean out of memory
+            comfy.model_management.raise_non_oom(error)
+        comfy.model_management.soft_empty_cache()
+        log.warning("Encoding %dx%d in tiles, because memory ran out. Tiles change the latent slightly.",
+                    video.shape[4], video.shape[3])
+        return self._encode_in_tiles(video, DEFAULT_TILE, DEFAULT_OVERLAP)
+
+    def _encode_exact(self, video: Tensor) -> Tensor:
         self._load(self._encode_memory(video.shape, self.vae_dtype))
         progress = comfy.utils.ProgressBar(video.shape[0] * len(chunk_bounds(video.shape[2], PIXEL_CHUNK)))
         return torch.cat([self._encode_one(v, progress) for v in video.split(1)]).to(self.output_device)
@@ -215,7 +225,7 @@ class CogVideoXVAE(comfy.sd.VAE):
 
     def _encode_one(self, x: Tensor, progress: Any) -> Tensor:
         parts = []
-        for moments in self.first_stage_model.encode_chunks(x.to(self.device, self.vae_dtype)):
+        for moments in self.first_stage_model.encode_chunks(x, self.device, self.vae_dtype):
             parts.append(moments.chunk(2, dim=1)[0].to(device=self.output_device, dtype=self.vae_output_dtype()))
             progress.update(1)
         return torch.cat(parts, dim=2)
@@ -224,10 +234,13 @@ class CogVideoXVAE(comfy.sd.VAE):
     def encode_tiled(self, pixel_samples: Tensor, tile_x: int | None = None, tile_y: int | None = None,
                      overlap: int | None = None, tile_t: int | None = None, overlap_t: int | None = None) -> Tensor:
         """Core's VAEEncodeTiled comes this way; sizes in pixels. Tiles are spatial only, as in ``decode_tiled``."""
-        video = self._to_video(pixel_samples)
         ratio = self.spec.spatial_ratio
         tile = ((tile_y or DEFAULT_TILE[0]) // ratio * ratio, (tile_x or DEFAULT_TILE[1]) // ratio * ratio)
         overlap = (DEFAULT_OVERLAP if overlap is None else overlap) // ratio * ratio
+        return self._encode_in_tiles(self._to_video(pixel_samples), tile, overlap)
+
+    def _encode_in_tiles(self, video: Tensor, tile: tuple[int, int], overlap: int) -> Tensor:
+        ratio = self.spec.spatial_ratio
         self._check_tile((tile[0] // ratio, tile[1] // ratio), overlap // ratio)
         shape = (1, *video.shape[1:3], *(min(pair) for pair in zip(tile, video.shape[3:], strict=True)))
         self._load(self._encode_memory(shape, self.vae_dtype))

@@ -233,11 +233,14 @@ class CogVideoXVAENetwork(nn.Module):
                 chunk = self.post_quant_conv(chunk)
             yield self.decoder(chunk, cache)
 
-    def encode_chunks(self, x: Tensor) -> Iterator[Tensor]:
-        """Yields the moments (mean and log variance) of each chunk. x: [B, 3, T, H, W] -> [B, 32, t, H/8, W/8]."""
+    def encode_chunks(self, x: Tensor, device: Any = None, dtype: Any = None) -> Iterator[Tensor]:
+        """Yields the moments (mean and log variance) of each chunk. x: [B, 3, T, H, W] -> [B, 32, t, H/8, W/8].
+
+        Only the chunk at work is moved to ``device`` and ``dtype``.
+        """
         cache: Cache = {}
         for start, end in chunk_bounds(x.shape[2], PIXEL_CHUNK):
-            moments = self.encoder(x[:, :, start:end], cache)
+            moments = self.encoder(x[:, :, start:end].to(device=device or x.device, dtype=dtype or x.dtype), cache)
             yield self.quant_conv(moments) if self.spec.use_quant_conv else moments
 
     def decode(self, z: Tensor) -> Tensor:

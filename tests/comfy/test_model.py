@@ -102,6 +102,17 @@ def test_running_out_of_memory_at_decode(pipeline, monkeypatch):
             vae.decode_video(latent, "auto")
 
 
+def test_running_out_of_memory_at_encode(pipeline, monkeypatch):
+    vae, frames = pipeline[2], torch.rand(9, 64, 96, 3)
+
+    def out_of_memory(video):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    with torch.inference_mode():
+        monkeypatch.setattr(vae, "_encode_exact", out_of_memory)
+        assert vae.encode(frames).shape == (1, 16, 3, 8, 12)
+
+
 def test_incomplete_text_encoder_is_refused(tiny_pipelines, tmp_path):
     from cogx.models.specs import SpecError
     from safetensors.torch import load_file, save_file
