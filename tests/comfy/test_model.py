@@ -124,6 +124,24 @@ def test_incomplete_text_encoder_is_refused(tiny_pipelines, tmp_path):
         load.load_text_encoder(str(tmp_path / "t5.safetensors"))
 
 
+def test_context_windows_leave_the_text_whole(pipeline):
+    """Core slices every condition whose third size is the number of frames: here 32, the width of the embedding."""
+    import comfy.sample
+    from cogx.samplers import adapter
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    model = ContextWindowsManualNode.execute(
+        pipeline[0], context_length=8, context_overlap=2, context_schedule="standard_static", context_stride=1,
+        closed_loop=False, fuse_method="pyramid", dim=2, freenoise=False).result[0]
+    positive, negative = torch.randn(2, 1, 226, 32, generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(1, 16, 32, 4, 4, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        out = comfy.sample.sample_custom(
+            model, noise, 6.0, adapter.sampler_object("cogvideox_ddim"), adapter.make_sigmas(model, 2, "trailing"),
+            [[positive, {}]], [[negative, {}]], torch.zeros_like(noise), seed=0, disable_pbar=True)
+    assert out.shape == noise.shape and torch.isfinite(out).all()
+
+
 def test_previews_show_something(pipeline):
     import latent_preview
     from comfy.cli_args import LatentPreviewMethod, args
