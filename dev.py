@@ -360,6 +360,8 @@ def prepare_base_directory(host: Host, comfy: Comfy) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     link(base / "models", host.models)  # shared by all versions
     link(base / "custom_nodes" / PACK_LINK, PACK)
+    for file in (PACK / "workflows" / "inputs").iterdir():  # what the shipped workflows start from
+        shutil.copy2(file, base / "input")
 
 
 def server_command(host: Host, comfy: Comfy, port: int, cpu: bool) -> list[str]:

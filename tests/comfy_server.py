@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -61,6 +62,7 @@ class ComfyServer:
         nodes.mkdir(parents=True, exist_ok=True)
         if not (nodes / "comfyui-cogx").exists():
             (nodes / "comfyui-cogx").symlink_to(ROOT, target_is_directory=True)
+        shutil.copytree(ROOT / "workflows" / "inputs", self.base / "input", dirs_exist_ok=True)
         command = [sys.executable, "main.py", "--port", str(self.port), "--base-directory", str(self.base),
                    "--database-url", "sqlite:///:memory:", "--disable-auto-launch", *self.arguments]
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -309,7 +309,8 @@ def test_no_driver_means_no_gpu(dev, host, monkeypatch):
 
 def test_the_base_directory_links_the_pack_and_the_models(dev, host, tmp_path, monkeypatch):
     pack = tmp_path / "pack"
-    pack.mkdir()
+    (pack / "workflows" / "inputs").mkdir(parents=True)
+    (pack / "workflows" / "inputs" / "start.jpg").write_text("picture")
     monkeypatch.setattr(dev, "PACK", pack)
     comfy = dev.Comfy(tmp_path / "comfy", "0.30.0", ours=True)
     with pytest.raises(dev.SetupError, match=r"no __init__\.py"):
@@ -320,6 +321,7 @@ def test_the_base_directory_links_the_pack_and_the_models(dev, host, tmp_path, m
     base = host.root / "user" / "0.30.0"
     assert (base / "custom_nodes" / "comfyui-cogx").resolve() == pack
     assert (base / "models").resolve() == host.models
+    assert (base / "input" / "start.jpg").read_text() == "picture"  # the workflows' example inputs
 
 
 def test_a_link_follows_its_target_and_spares_a_folder(dev, tmp_path):
