@@ -195,23 +195,29 @@ class CogVideoXVAE(comfy.sd.VAE):
         tile = (tile_y or DEFAULT_TILE[0] // ratio, tile_x or DEFAULT_TILE[1] // ratio)
         return self._decode_in_tiles(samples, tile, DEFAULT_OVERLAP // ratio if overlap is None else overlap)
 
-    @_on_own_device
     def encode(self, pixel_samples: Tensor) -> Tensor:
-        """The mean of the posterior, exact. [frames, H, W, 3] is one video, [B, frames, H, W, 3] a batch of videos.
+        """The mean of the posterior, exact. Core's VAEEncode comes this way; see ``encode_video``."""
+        return self.encode_video(pixel_samples)
 
-        Returns [B, 16, T, h, w], unscaled. Only if memory runs out it goes on in tiles, as core does, with a warning.
+    @_on_own_device
+    def encode_video(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents of videos. [frames, H, W, 3] is one video, [B, frames, H, W, 3] a batch of videos.
+
+        Returns [B, 16, T, h, w], unscaled: the mean of the posterior, or a draw from it with the CPU ``generator``,
+        video by video as diffusers does. Only if memory runs out it goes on in tiles, as core does, with a warning.
         """
-        video = self._to_video(pixel_samples)
+        video = self._to_video(pixels)
         try:
-            return self._encode_exact(video)
+            return _latents_of(self._encode_exact(video), generator)
         except Exception as error:  # noqa: BLE001 - the host knows which errors mean out of memory
             comfy.model_management.raise_non_oom(error)
         comfy.model_management.soft_empty_cache()
         log.warning("Encoding %dx%d in tiles, because memory ran out. Tiles change the latent slightly.",
                     video.shape[4], video.shape[3])
-        return self._encode_in_tiles(video, DEFAULT_TILE, DEFAULT_OVERLAP)
+        return _latents_of(self._encode_in_tiles(video, DEFAULT_TILE, DEFAULT_OVERLAP), generator)
 
     def _encode_exact(self, video: Tensor) -> Tensor:
+        """Moments: [B, 3, T, H, W] -> [B, 32, T', h, w]."""
         self._load(self._encode_memory(video.shape, self.vae_dtype))
         progress = comfy.utils.ProgressBar(video.shape[0] * len(chunk_bounds(video.shape[2], PIXEL_CHUNK)))
         return torch.cat([self._encode_one(v, progress) for v in video.split(1)]).to(self.output_device)
@@ -226,7 +232,7 @@ class CogVideoXVAE(comfy.sd.VAE):
     def _encode_one(self, x: Tensor, progress: Any) -> Tensor:
         parts = []
         for moments in self.first_stage_model.encode_chunks(x, self.device, self.vae_dtype):
-            parts.append(moments.chunk(2, dim=1)[0].to(device=self.output_device, dtype=self.vae_output_dtype()))
+            parts.append(moments.to(device=self.output_device, dtype=self.vae_output_dtype()))
             progress.update(1)
         return torch.cat(parts, dim=2)
 
@@ -237,9 +243,10 @@ class CogVideoXVAE(comfy.sd.VAE):
         ratio = self.spec.spatial_ratio
         tile = ((tile_y or DEFAULT_TILE[0]) // ratio * ratio, (tile_x or DEFAULT_TILE[1]) // ratio * ratio)
         overlap = (DEFAULT_OVERLAP if overlap is None else overlap) // ratio * ratio
-        return self._encode_in_tiles(self._to_video(pixel_samples), tile, overlap)
+        return _latents_of(self._encode_in_tiles(self._to_video(pixel_samples), tile, overlap))
 
     def _encode_in_tiles(self, video: Tensor, tile: tuple[int, int], overlap: int) -> Tensor:
+        """As ``_encode_exact``."""
         ratio = self.spec.spatial_ratio
         self._check_tile((tile[0] // ratio, tile[1] // ratio), overlap // ratio)
         shape = (1, *video.shape[1:3], *(min(pair) for pair in zip(tile, video.shape[3:], strict=True)))
@@ -251,6 +258,15 @@ class CogVideoXVAE(comfy.sd.VAE):
         latents = [blend_tiles(v, tile, overlap, 1 / ratio, lambda part: self._encode_one(part, progress))
                    for v in video.split(1)]
         return torch.cat(latents).to(self.output_device)
+
+
+def _latents_of(moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Mean of the posterior, or a draw from it: [B, 32, T, h, w] (mean and log variance) -> [B, 16, T, h, w]."""
+    mean, logvar = moments.chunk(2, dim=1)
+    if generator is None:
+        return mean
+    noise = torch.cat([torch.randn(one.shape, generator=generator) for one in mean.split(1)])
+    return mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * noise.to(mean)
 
 
 def _longest_chunk(frames: int, size: int) -> int:

@@ -13,6 +13,10 @@ from typing import Any
 VAE_SPATIAL_RATIO = 8  # pixels per latent row or column
 VAE_TEMPORAL_RATIO = 4  # frames per latent frame after the first
 TRAIN_TIMESTEPS = 1000
+IMAGE_REFERENCES = ("auto", "diffusers", "authors")  # whose image condition: see ModelSpec.image_scale
+NO_IMAGE = ("No image: expected start_image, end_image or both. Connect one, for example from Load Image; for a video "
+            "from text alone take a text-to-video model and 'CogVideoX Empty Latent'.")
+FITS = ("crop", "pad", "stretch")  # how images of another aspect become the video's size
 
 
 class SpecError(ValueError):
@@ -146,6 +150,22 @@ class ModelSpec:
         return self.transformer.patch_size_t is not None
 
     @property
+    def takes_image(self) -> bool:
+        return self.transformer.condition_channels > 0
+
+    def image_scale(self, reference: str) -> float:
+        """What the VAE latent of a condition image is multiplied with.
+
+        'diffusers': by the scaling factor, or its inverse where the VAE's config says ``invert_scale_latents`` (1.5).
+        'authors': by the scaling factor in 1.0, by nothing in 1.5 (``sat/sample_video.py`` of the CogVideo repository).
+        'auto': the authors' for 1.5, where they differ; diffusers' turns grey after the first frame.
+        """
+        if self.is_v1_5 and reference != "diffusers":
+            return 1.0
+        factor = self.latent.scaling_factor
+        return 1 / factor if reference == "diffusers" and self.latent.invert_scale_latents else factor
+
+    @property
     def frame_step(self) -> int:
         """Legal frame counts are ``frame_step * N + 1``, so that the VAE sees an odd number of latent frames."""
         return 2 * VAE_TEMPORAL_RATIO * self.transformer.temporal_patch
@@ -189,7 +209,16 @@ def nearest_published(transformer: TransformerSpec) -> ModelSpec:
 
     What a transformer's config cannot say (schedule, latent scale, fps) is taken from here when no other
     config file says it.
+
+    Raises:
+        SpecError: input channels that are neither text to video nor image to video.
     """
+    channels = transformer.out_channels
+    if transformer.condition_channels not in (0, channels):
+        raise SpecError(
+            f"This transformer has {transformer.in_channels} input channels: expected {channels} (text to video) or "
+            f"{2 * channels} (image to video). It belongs to another pipeline (control, inpainting); choose a model "
+            "for text or image to video.")
     image = transformer.condition_channels > 0
     if transformer.patch_size_t is not None:
         name = "1.5-5B-I2V" if image else "1.5-5B"
@@ -250,6 +279,20 @@ def size_problem(width: int, height: int, spec: ModelSpec) -> str | None:
         return f"{width}x{height}: {spec.name} has learned positions for {native[0]}x{native[1]} only; " \
                f"set width {native[0]} and height {native[1]}."
     return None
+
+
+def propose_size(width: int, height: int, spec: ModelSpec) -> tuple[int, int]:
+    """The legal size (width, height) that comes nearest to the shape of an image.
+
+    The short side is the native one; the long side follows the aspect, to the next token, and is at most the native
+    one: the authors' rule for 1.5 image to video (``sat/sample_video.py``). Learned positions allow one size only.
+    """
+    if spec.transformer.use_learned_positional_embeddings:
+        return spec.native_width, spec.native_height
+    short, longest = sorted((spec.native_width, spec.native_height))
+    exact = short * max(width, height) / min(width, height)
+    long = min(int(exact / spec.size_step + 0.5) * spec.size_step, longest)
+    return (long, short) if width > height else (short, long)
 
 
 def check_any_geometry(width: int, height: int, frames: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .decode import Decode
+from .image import ImageSize, ImageToVideo, VideoToVideo
 from .latent import EmptyLatent
 from .load import LoadModel, LoadPipeline, LoadTextEncoder, LoadVAE
 from .sample import DynamicGuidance, Sampler, SamplerSelect, Scheduler
@@ -15,7 +16,7 @@ from .text import TextEncode
 
 NODES: list[type[io.ComfyNode]] = [
     LoadPipeline, LoadModel, LoadTextEncoder, LoadVAE, TextEncode, EmptyLatent, Sampler, SamplerSelect, Scheduler,
-    DynamicGuidance, Decode,
+    DynamicGuidance, Decode, ImageToVideo, VideoToVideo, ImageSize,
 ]
 
 

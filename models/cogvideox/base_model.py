@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..noise_schedule import alphas_cumprod
 from ..specs import LatentSpec, ModelSpec
+from .image_condition import REFERENCE_KEY, check_image, model_condition
 from .transformer import CogVideoXTransformer
 
 # ComfyUI's own value for the last cumulative alpha at zero terminal SNR (sigma 4518): a larger sigma costs fp32 digits.
@@ -97,12 +98,17 @@ class CogVideoXModel(comfy.model_base.BaseModel):
         self.model_sampling = CogVideoXSampling(model_config)
 
     def concat_cond(self, **kwargs: Any) -> Tensor | None:
-        """Zeros in the condition channels: an image model without an image. [B, extra, T, H, W]."""
-        extra = self.spec.transformer.condition_channels
-        if extra <= 0:
+        """The image condition as the network takes it: [B, extra, T, H, W], padding frames of 1.5 included.
+
+        Raises:
+            SpecError: an image for a text-to-video model, or none for an image-to-video model.
+        """
+        condition = kwargs.get("concat_latent_image")
+        check_image(self.spec, condition is not None, f"The {kwargs.get('prompt_type', '')} conditioning")
+        if condition is None:
             return None
-        noise = kwargs["noise"]
-        return noise.new_zeros((noise.shape[0], extra, *noise.shape[2:]), device=kwargs["device"])
+        made = model_condition(condition, tuple(kwargs["noise"].shape), self.spec, kwargs.get(REFERENCE_KEY, "auto"))
+        return made.to(kwargs["device"])
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         out = super().extra_conds(**kwargs)

@@ -1,6 +1,7 @@
 """What happens around every sampling run of a CogVideoX MODEL, whichever node starts it (OUTER_SAMPLE wrapper).
 
-Checks the latent, adds the padding frames of 1.5 and drops them again, and stops after the first step if it is NaN.
+Checks the latent, adds the padding frames of 1.5 and drops them again, stops after the first step if it is NaN, and
+gives back to the bit what a mask keeps.
 """
 
 from __future__ import annotations
@@ -90,4 +91,6 @@ def outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
     # Positional: EasyCache's wrapper reads the sigmas as args[3].
     samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed,
                        latent_shapes=latent_shapes)
+    if denoise_mask is not None and len(sigmas) and float(sigmas[-1]) == 0:  # else it is to stay noisy
+        samples = torch.where(denoise_mask.to(samples.device) == 0, latent_image.to(samples), samples)
     return samples[:, :, padding:]

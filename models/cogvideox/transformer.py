@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..specs import SpecError, TransformerSpec
+from .image_condition import padded_condition
 from .positions import rope_grid, rope_matrices, sincos_axes, timestep_embedding
 
 Grid = tuple[int, int, int]
@@ -193,7 +194,7 @@ class CogVideoXTransformer(nn.Module):
 
     Args of ``forward``:
         x: [B, in_channels, T, H, W]; with a temporal patch of 2 an odd T is padded at the front with its first frame
-            and the padding dropped again (FACTS 2.3).
+            and the padding dropped again (FACTS 2.3); the condition's first frame is moved, not repeated.
         timestep: [B], 0..999. context: [B, tokens, text_embed_dim]. ofs: [B], for 1.5 image to video.
     Returns [B, out_channels, T, H, W].
 
@@ -228,7 +229,7 @@ class CogVideoXTransformer(nn.Module):
                  transformer_options: dict[str, Any], **kwargs: Any) -> Tensor:
         padding = -x.shape[2] % self.spec.temporal_patch
         if padding:
-            x = torch.cat([x[:, :, :1].expand(-1, -1, padding, -1, -1), x], dim=2)
+            x = self._padded(x, padding)
         grid = self._grid(x)
         vec = self._time_vector(timestep, ofs, x.dtype)
         text, image = self.patch_embed(x, context, grid)
@@ -238,6 +239,12 @@ class CogVideoXTransformer(nn.Module):
         image = self._run_blocks(x, image, text, vec, pe, transformer_options)
         image = self.proj_out(self.norm_out(self.norm_final(image), vec))
         return self._unpatchify(image, grid)[:, :, padding:]
+
+    def _padded(self, x: Tensor, padding: int) -> Tensor:
+        """The noisy latent's first frame is repeated; a condition image moves to the front, as in the references."""
+        noisy, condition = x[:, :self.spec.out_channels], x[:, self.spec.out_channels:]
+        noisy = torch.cat([noisy[:, :, :1].expand(-1, -1, padding, -1, -1), noisy], dim=2)
+        return torch.cat([noisy, padded_condition(condition, padding)], dim=1)
 
     def _grid(self, x: Tensor) -> Grid:
         p = self.spec.patch_size

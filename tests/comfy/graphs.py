@@ -23,9 +23,42 @@ def text_to_video(pipeline: str, **sampler: Any) -> Graph:
     return graph
 
 
+def image_to_video(pipeline: str, start: str | None = "cogx_start.jpg", end: str | None = None, **inputs: Any) -> Graph:
+    """The shipped workflow on a tiny pipeline: 96x64 pixels, 17 frames, cogvideox_ddim, 10 steps; ``start`` and
+    ``end`` are files in the server's input folder. Keyword arguments set the inputs of CogXImageToVideo."""
+    graph = _tiny("image_to_video_1.5" if pipeline.startswith("1.5") else "image_to_video", pipeline)
+    for name, node, file in (("start_image", "10", start), ("end_image", "11", end)):
+        graph["4"]["inputs"].pop(name, None)
+        if file is not None:
+            graph["4"]["inputs"][name] = [node, 0]
+            graph[node] = {"class_type": "LoadImage", "inputs": {"image": file}}
+        else:
+            graph.pop(node, None)
+    graph["4"]["inputs"].update(inputs)
+    return graph
+
+
+def video_to_video(pipeline: str, denoise: float, **inputs: Any) -> Graph:
+    """The shipped workflow, likewise. Keyword arguments set the inputs of CogXVideoToVideo."""
+    graph = _tiny("video_to_video", pipeline)
+    graph["4"]["inputs"].update(inputs)
+    graph["5"]["inputs"]["denoise"] = denoise
+    return graph
+
+
+def _tiny(name: str, pipeline: str) -> Graph:
+    graph = json.loads((API / f"{name}.json").read_text(encoding="utf-8"))
+    graph["1"]["inputs"]["pipeline"] = pipeline
+    graph["2"]["inputs"]["text"] = PROMPT
+    graph["4"]["inputs"].update(width=96, height=64, length=17)
+    graph["5"]["inputs"].update(steps=10, sampler="cogvideox_ddim", dynamic_cfg=False)
+    return graph
+
+
 def latent_only(graph: Graph) -> Graph:
     """The same up to the sampled latent (node 5), saved as a file (node 9)."""
-    kept = {key: graph[key] for key in "12345" if key in graph}
+    after = ("CogXDecode", "CreateVideo", "SaveVideo")
+    kept = {key: node for key, node in graph.items() if node["class_type"] not in after}
     save = {"samples": ["5", 0], "filename_prefix": "latents/test"}
     return {**kept, "9": {"class_type": "SaveLatent", "inputs": save}}
 

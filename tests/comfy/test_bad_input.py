@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from cogx.tests.comfy.graphs import latent_only, text_to_video, with_core_ksampler
+from cogx.tests.comfy.graphs import image_to_video, latent_only, text_to_video, video_to_video, with_core_ksampler
 from cogx.tests.comfy_server import PromptError
 from safetensors.torch import load_file, save_file
 
@@ -243,3 +243,116 @@ def test_text_embedding_of_another_width(server, tiny_pipelines, damaged):
         tiny_pipeline.TEXT_DIM = width
     failed(server, text_to_video("Damaged", steps=1),
            r"has 64 values per token, CogVideoX 5B needs 32: it comes from another text encoder")
+
+
+def test_image_given_to_a_text_model(server):
+    graph = image_to_video("5B")
+    failed(server, graph, r"The conditioning of this node holds an image, and CogVideoX 5B is a text-to-video model: "
+           r"expected an image-to-video model\. Load CogVideoX-5b-I2V")
+    del graph["4"]["inputs"]["model"]
+    failed(server, graph, r"The positive conditioning holds an image, and CogVideoX 5B is a text-to-video model")
+
+
+@pytest.mark.parametrize("variant", ["5B-I2V", "1.5-5B-I2V"])
+@pytest.mark.parametrize("core", [False, True], ids=["CogXSampler", "KSampler"])
+def test_text_alone_given_to_an_image_model(server, variant, core):
+    graph = text_to_video(variant, steps=2)
+    if core:
+        graph = with_core_ksampler(graph, "euler", "simple")
+    failed(server, graph, rf"The positive conditioning holds no image, and CogVideoX {variant} is an image-to-video "
+           r"model: put the node 'CogVideoX Image to Video' \(CogXImageToVideo\) between the prompts and the sampler")
+
+
+def test_image_on_the_positive_conditioning_only(server):
+    graph = image_to_video("5B-I2V")
+    graph["5"]["inputs"]["negative"] = ["3", 0]
+    failed(server, graph, r"The negative conditioning holds no image, and CogVideoX 5B-I2V")
+
+
+def test_no_image_at_all(server):
+    refused(server, image_to_video("5B-I2V", start=None), r"No image: expected start_image, end_image or both")
+
+
+@pytest.mark.parametrize("inputs, message", [
+    ({"length": 48}, r"48 frames: CogVideoX 1\.0 needs 8N\+1 .*nearest: 41 or 49"),
+    ({"width": 100}, r"width 100: CogVideoX needs a multiple of 16; nearest: 96 or 112"),
+    ({"height": 0}, r"height 0: expected 16 to 4096; nearest: 16"),
+])
+@pytest.mark.parametrize("make", [image_to_video, lambda variant: video_to_video(variant, 0.5)], ids=["I2V", "V2V"])
+def test_sizes_off_the_grid(server, make, inputs, message):
+    graph = make("5B-I2V")
+    graph["4"]["inputs"].update(inputs)
+    refused(server, graph, message)
+
+
+@pytest.mark.parametrize("variant, inputs, message", [
+    ("5B-I2V", {"width": 112}, r"112x64: 5B-I2V has learned positions for 96x64 only; set width 96 and height 64"),
+    ("1.5-5B-I2V", {"length": 25}, r"25 frames: CogVideoX 1\.5 needs 16N\+1 .*nearest: 17 or 33"),
+])
+def test_sizes_that_this_model_cannot_make(server, variant, inputs, message):
+    failed(server, image_to_video(variant, **inputs), message)
+
+
+@pytest.mark.parametrize("inputs, message", [
+    ({"fit": "zoom"}, r"zoom.* not in"),
+    ({"reference": "mine"}, r"mine.* not in"),
+    ({"posterior": "median"}, r"median.* not in"),
+])
+def test_unknown_choices_of_the_image_node(server, inputs, message):
+    refused(server, image_to_video("5B-I2V", **inputs), message)
+
+
+def test_video_shorter_than_the_length(server):
+    graph = video_to_video("5B", 0.5, length=89)
+    failed(server, graph, r"The video has 81 frames: expected at least the length of 89\. Set length to 81 .CogVideoX "
+           r"1\.0., or give a longer video")
+    del graph["4"]["inputs"]["model"]
+    failed(server, graph, r"Set length to 81 \(CogVideoX 1\.0\) or 81 \(CogVideoX 1\.5\)")
+
+
+def test_rgba_image(server):
+    """A picture with transparency goes on, and the node says what became of it. Load Image makes grey files RGB."""
+    graph = image_to_video("5B-I2V")
+    graph["12"] = {"class_type": "SolidMask", "inputs": {"value": 0.5, "width": 96, "height": 64}}
+    graph["13"] = {"class_type": "JoinImageWithAlpha", "inputs": {"image": ["10", 0], "alpha": ["12", 0]}}
+    graph["4"]["inputs"]["start_image"] = ["13", 0]
+    text, = server.run(latent_only(graph)).outputs["4"]["text"]
+    assert text.startswith("RGBA image (4 channels): what is transparent became black")
+
+
+def test_end_image_on_a_model_that_was_not_trained_for_it(server):
+    answer = server.run(latent_only(image_to_video("5B-I2V", end="cogx_end.jpg")))
+    text, = answer.outputs["4"]["text"]
+    assert text.startswith("end_image: none of the published CogVideoX models was trained with a last frame")
+    assert "Image to video: end_image: none of the published" in server.log
+
+
+def test_images_for_another_latent(server):
+    graph = image_to_video("1.5-5B-I2V")
+    graph["12"] = {"class_type": "CogXEmptyLatent", "inputs": {"width": 96, "height": 64, "length": 33,
+                                                               "batch_size": 1}}
+    graph["5"]["inputs"]["latent_image"] = ["12", 0]
+    failed(server, graph, r"for 96x64 and 17 frames, the latent is for 96x64 and 33 frames: set the same width")
+    graph["12"]["inputs"].update(width=112, length=17)
+    failed(server, graph, r"for 96x64 and 17 frames, the latent is for 112x64 and 17 frames")
+
+
+def test_different_numbers_of_start_and_end_images(server):
+    graph = image_to_video("5B-I2V", end="cogx_end.jpg")
+    graph["12"] = {"class_type": "ImageBatch", "inputs": {"image1": ["10", 0], "image2": ["11", 0]}}
+    graph["13"] = {"class_type": "ImageBatch", "inputs": {"image1": ["12", 0], "image2": ["11", 0]}}
+    graph["4"]["inputs"].update(start_image=["12", 0], end_image=["13", 0])
+    failed(server, graph, r"2 start images and 3 end images: expected the same number of both, or one of either")
+
+
+@pytest.mark.parametrize("make", [image_to_video, lambda variant: video_to_video(variant, 0.5)], ids=["I2V", "V2V"])
+def test_vae_of_another_family_for_images(server, make):
+    graph = make("5B-I2V")
+    graph["1b"] = {"class_type": "VAELoader", "inputs": {"vae_name": "pixel_space"}}
+    graph["4"]["inputs"]["vae"] = ["1b", 0]
+    failed(server, graph, r"Expected a CogVideoX VAE, got \w+\. Load it with")
+
+
+def test_pipeline_with_other_input_channels(server, damaged):
+    edit("transformer/config.json", in_channels=33)(damaged)
+    refused(server, text_to_video("Damaged"), r"has 33 input channels: expected 16 \(text to video\) or 32 \(image")

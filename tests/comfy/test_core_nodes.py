@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cogx.tests.comfy.graphs import latent_only, patched_model, text_to_video, with_core_ksampler
+from cogx.tests.comfy.graphs import image_to_video, latent_only, patched_model, text_to_video, with_core_ksampler
 from safetensors.torch import save_file
 
 TINY_SHAPE = (1, 16, 5, 8, 12)
@@ -139,14 +139,18 @@ def test_saved_model_loads_again(server, other_model):
 def test_train_lora(server, variant, dtype):
     """Two steps of core's LoRA training, on a sampled latent; the LoRA is saved and has our keys."""
     graph = base_graph(variant, steps=1)
-    graph["10"] = {"class_type": "TrainLoraNode", "inputs": {
-        "model": ["1", 0], "latents": ["5", 0], "positive": ["2", 0], "batch_size": 1, "grad_accumulation_steps": 1,
+    positive = ["2", 0]
+    if variant.endswith("I2V"):
+        graph = latent_only(image_to_video(variant))
+        positive = ["4", 0]
+    graph["20"] = {"class_type": "TrainLoraNode", "inputs": {
+        "model": ["1", 0], "latents": ["5", 0], "positive": positive, "batch_size": 1, "grad_accumulation_steps": 1,
         "steps": 2, "learning_rate": 0.001, "rank": 2, "optimizer": "AdamW", "loss_function": "MSE", "seed": 0,
         "training_dtype": dtype, "lora_dtype": "fp32", "quantized_backward": False, "algorithm": "LoRA",
         "gradient_checkpointing": True, "checkpoint_depth": 1, "offloading": False, "existing_lora": "[None]",
         "bucket_mode": False, "bypass_mode": False}}
-    save = {"lora": ["10", 0], "prefix": f"loras/{variant}-{dtype}", "steps": ["10", 2]}
-    graph["11"] = {"class_type": "SaveLoRA", "inputs": save}
+    save = {"lora": ["20", 0], "prefix": f"loras/{variant}-{dtype}", "steps": ["20", 2]}
+    graph["21"] = {"class_type": "SaveLoRA", "inputs": save}
     server.run(graph)
     files = list((server.base / "output" / "loras").glob(f"{variant}-{dtype}_2_steps_*.safetensors"))
     from safetensors import safe_open

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from cogx.tests.comfy.graphs import text_to_video
+from cogx.tests.comfy.graphs import image_to_video, text_to_video, video_to_video
 
 NODES = ["CogXLoadPipeline", "CogXLoadModel", "CogXLoadTextEncoder", "CogXLoadVAE", "CogXTextEncode", "CogXEmptyLatent",
-         "CogXSampler", "CogXSamplerSelect", "CogXScheduler", "CogXDynamicGuidance", "CogXDecode"]
+         "CogXSampler", "CogXSamplerSelect", "CogXScheduler", "CogXDynamicGuidance", "CogXDecode", "CogXImageToVideo",
+         "CogXVideoToVideo", "CogXImageSize"]
 
 
 @pytest.fixture(params=["newest", "oldest"])
@@ -61,3 +62,16 @@ def test_interrupt_within_a_step(any_server):
         any_server.watch(text_to_video("5B", steps=500, seed=99), on_event)
     assert max(seen) < 100
     assert any_server.alive()
+
+
+@pytest.mark.parametrize("variant, fps", [("5B-I2V", 8), ("1.5-5B-I2V", 16)])
+def test_image_workflow_makes_a_video(any_server, video_of, variant, fps):
+    graph = image_to_video(variant, end="cogx_end.jpg")
+    graph["5"]["inputs"]["steps"] = 2
+    video = video_of(any_server, any_server.run(graph))
+    assert video["frames"] == 17 and video["size"] == (96, 64) and video["fps"] == fps
+
+
+def test_video_workflow_makes_a_video(any_server, video_of):
+    video = video_of(any_server, any_server.run(video_to_video("5B", 0.3)))
+    assert video["frames"] == 17 and video["size"] == (96, 64)

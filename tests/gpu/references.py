@@ -60,9 +60,16 @@ def transformer_inputs(reference: Any, size: tuple[int, int, int], device: torch
 
 
 def run_transformer(network: Any, x: Tensor, timestep: Tensor, context: Tensor, ofs: Tensor | None) -> Tensor:
-    """diffusers' forward as its pipeline calls it. [B, C, T, H, W]; an odd count of 1.5 is padded at the front."""
+    """diffusers' forward as its pipeline calls it. [B, C, T, H, W]; an odd count of 1.5 is padded at the front.
+
+    The noisy latent's first frame is repeated, the image's moves: the pipeline puts it on the first padded frame.
+    """
     padding = -x.shape[2] % (network.config.patch_size_t or 1)
-    x = torch.cat([x[:, :, :1]] * padding + [x], dim=2).permute(0, 2, 1, 3, 4)  # bcthw -> btchw
+    if padding:
+        noisy, image = x[:, :16], x[:, 16:]
+        image = torch.cat([image[:, :, :1], torch.zeros_like(image[:, :, :1]), image[:, :, 1:]], dim=2)
+        x = torch.cat([torch.cat([noisy[:, :, :1], noisy], dim=2), image], dim=1)
+    x = x.permute(0, 2, 1, 3, 4)  # bcthw -> btchw
     rope = _rope(network, x) if network.config.use_rotary_positional_embeddings else None
     out = network(x.to(network.dtype), context.to(network.dtype), timestep, ofs=ofs, image_rotary_emb=rope,
                   return_dict=False)[0]

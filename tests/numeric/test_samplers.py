@@ -14,6 +14,7 @@ import comfy.samplers
 import pytest
 import torch
 from cogx.model_loaders.load import load_model
+from cogx.models.cogvideox.image_condition import condition_latent
 from cogx.samplers import adapter
 from cogx.samplers.guidance import dynamic_guidance
 
@@ -276,12 +277,15 @@ def test_padding_frames(tiny_pipelines, variant, error):
     def callback(step, x0, x, total):
         seen.append((tuple(x0.shape), tuple(x.shape)))
 
+    image = {}
+    if model.model.spec.takes_image:
+        image = {"concat_latent_image": condition_latent(5, latent_of(8)[:, :, :1], None), "cogx_reference": "authors"}
     out = comfy.sample.sample_custom(
         model, noise, CFG, adapter.sampler_object("cogvideox_ddim"), adapter.make_sigmas(model, 4, "trailing"),
-        [[positive, {}]], [[negative, {}]], torch.zeros_like(noise), seed=3, disable_pbar=True, callback=callback)
+        [[positive, image]], [[negative, image]], torch.zeros_like(noise), seed=3, disable_pbar=True,
+        callback=callback)
     assert out.shape == noise.shape and set(seen) == {(SHAPE, SHAPE)}
 
-    extra = network.spec.condition_channels
     ofs = torch.full((1,), 2.0) if network.spec.ofs_embed_dim else None
 
     class Wrapped:
@@ -290,7 +294,10 @@ def test_padding_frames(tiny_pipelines, variant, error):
 
             @staticmethod
             def diffusion_model(x, t, context):
-                return network(torch.cat([x, x.new_zeros(x.shape[0], extra, *x.shape[2:])], dim=1), t, context, ofs=ofs)
+                condition = x.new_zeros(x.shape[0], 16 if image else 0, *x.shape[2:])
+                if image:  # on the padding frame
+                    condition[:, :, :1] = latent_of(8)[:, :, :1]
+                return network(torch.cat([x, condition], dim=1), t, context, ofs=ofs)
 
     expected = by_hand(Wrapped, ([[positive, {}]], [[negative, {}]]), adapter.trailing_timesteps(4),
                        torch.cat([padding, noise], dim=2))

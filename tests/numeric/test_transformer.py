@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.ops
 import pytest
 import torch
@@ -20,7 +22,9 @@ def pair(variant: str, **overrides):
     config = {"_class_name": "CogVideoXTransformer3DModel", **reference.config}
     if variant.startswith("1.5"):
         config["patch_bias"] = True  # diffusers creates the bias whatever the config says
-    spec = model_from_configs(config).transformer
+    channels = config["in_channels"]  # the network takes any number; detection refuses what no node could fill
+    known = channels if channels in (16, 32) else 32
+    spec = replace(model_from_configs({**config, "in_channels": known}).transformer, in_channels=channels)
     ours = CogVideoXTransformer(spec, torch.float32, "cpu", comfy.ops.disable_weight_init)
     result = ours.load_state_dict(reference.state_dict(), strict=True)
     assert not result.missing_keys and not result.unexpected_keys
@@ -50,9 +54,16 @@ def inputs(reference, size, batch=2):
 
 
 def run_reference(reference, x, timestep, context, ofs):
-    """[B, C, T, H, W] in and out; an odd count of 1.5 is padded at the front and the padding dropped."""
+    """[B, C, T, H, W] in and out; an odd count of 1.5 is padded at the front and the padding dropped.
+
+    The noisy latent's first frame is repeated, the image's moves: the pipeline puts it on the first padded frame.
+    """
     padding = -x.shape[2] % (reference.config.patch_size_t or 1)
-    x = torch.cat([x[:, :, :1]] * padding + [x], dim=2).permute(0, 2, 1, 3, 4)  # bcthw -> btchw
+    if padding:
+        noisy, image = x[:, :16], x[:, 16:]
+        image = torch.cat([image[:, :, :1], torch.zeros_like(image[:, :, :1]), image[:, :, 1:]], dim=2)
+        x = torch.cat([torch.cat([noisy[:, :, :1], noisy], dim=2), image], dim=1)
+    x = x.permute(0, 2, 1, 3, 4)  # bcthw -> btchw
     rope = reference_rope(reference, x.shape[1], *x.shape[3:])
     out = reference(x, context, timestep, ofs=ofs, image_rotary_emb=rope, return_dict=False)[0]
     return out.permute(0, 2, 1, 3, 4)[:, :, padding:]

@@ -15,7 +15,8 @@ ALLOWED = {"nodes": {"nodes", "model_loaders", "samplers", "models"}, "model_loa
            "samplers": {"samplers", "models"}, "models": {"models"}}
 
 # Pure files test without ComfyUI and without a GPU.
-PURE = {"models/specs.py", "models/noise_schedule.py", "models/cogvideox/positions.py", "model_loaders/detect.py",
+PURE = {"models/specs.py", "models/noise_schedule.py", "models/cogvideox/positions.py",
+        "models/cogvideox/image_condition.py", "models/cogvideox/pixels.py", "model_loaders/detect.py",
         "model_loaders/files.py", "samplers/schedules.py", "samplers/guidance.py", "samplers/reference.py",
         "nodes/validation.py"}
 HOST = ("comfy", "comfy_api", "folder_paths", "server", "latent_preview", "nodes", "execution")

@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-TYPED = ["models.specs", "models.noise_schedule", "models.cogvideox.positions", "model_loaders.detect",
-         "model_loaders.files", "samplers.schedules", "samplers.guidance", "nodes.validation"]
+TYPED = ["models.specs", "models.noise_schedule", "models.cogvideox.positions", "models.cogvideox.image_condition",
+         "models.cogvideox.pixels", "model_loaders.detect", "model_loaders.files",
+         "samplers.schedules", "samplers.guidance", "nodes.validation"]
 
 
 def run(cwd: Path, *command: str) -> str:
