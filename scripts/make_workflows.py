@@ -65,23 +65,34 @@ class Column:
 
 
 COLUMNS = (
-    Column(300, ("CogXLoadPipeline", "CogXLoadModel", "CogXLoadTextEncoder", "CogXLoadVAE", "MarkdownNote")),
-    Column(400, ("CogXTextEncode", "CogXEmptyLatent")),
+    Column(300, ("CogXLoadPipeline", "CogXLoadModel", "CogXLoadTextEncoder", "CogXLoadVAE", "LoadImage", "LoadVideo",
+                 "MarkdownNote")),
+    Column(400, ("CogXTextEncode", "CogXEmptyLatent", "GetVideoComponents")),
+    Column(310, ("CogXImageSize", "CogXImageToVideo", "CogXVideoToVideo")),
     Column(310, ("CogXSampler",)),
     Column(260, ("CogXDecode",)),
     Column(230, ("CreateVideo",)),
     Column(360, ("SaveVideo",)),
 )
 # Room for text, the token count and the video; older front ends draw Vue nodes a third taller than classic ones.
-LEAST_HEIGHT = {"CogXLoadPipeline": 180, "CogXTextEncode": 240, "SaveVideo": 420, "MarkdownNote": 220}
+LEAST_HEIGHT = {"CogXLoadPipeline": 180, "CogXTextEncode": 240, "LoadImage": 330, "LoadVideo": 330,
+                "CogXImageToVideo": 460, "SaveVideo": 420, "MarkdownNote": 220}
 
 MODEL_NOTE = """\
 Download the whole folder [zai-org/{name}](https://huggingface.co/zai-org/{name}) to \
 **ComfyUI/models/diffusers/{name}**, then press R in ComfyUI.
 """
+EXAMPLES = ("The examples are in this pack's folder **workflows/inputs**: copy them to **ComfyUI/input**, or choose "
+            "your own.")
 MORE_NOTE = {
     "text_to_video": "CogVideoX-2b works here too. Frames: 8N+1 (native: 49 at 8 fps, 720x480).",
     "text_to_video_1.5": "Frames: 16N+1 (native: 81 or 161 at 16 fps, 1360x768).",
+    "image_to_video": "Frames: 8N+1 (native: 49 at 8 fps). The size is 720x480 only. " + EXAMPLES,
+    "image_to_video_1.5": "Frames: 16N+1 (native: 81 or 161 at 16 fps). The short side is 768, the long side 768 to "
+                          "1360; CogVideoX Image Size proposes it. " + EXAMPLES,
+    "first_last_frame": "None of the published models was trained with an end image: take a model or a LoRA that was. "
+                        + EXAMPLES,
+    "video_to_video": "denoise in the sampler says how much changes. " + EXAMPLES,
 }
 
 LOAD_API = "([prompt, name]) => app.loadApiJson(prompt, name)"

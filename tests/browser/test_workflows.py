@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 PACK = "comfyui-cogx"
 WORKFLOWS = ROOT / "workflows"
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
-TINY = {"text_to_video": "5B", "text_to_video_1.5": "1.5-5B"}
+TINY = {"text_to_video": "5B", "text_to_video_1.5": "1.5-5B", "image_to_video": "5B-I2V",
+        "image_to_video_1.5": "1.5-5B-I2V", "first_last_frame": "5B-I2V", "video_to_video": "5B"}
+SIZED = {"CogXEmptyLatent", "CogXImageToVideo", "CogXVideoToVideo"}  # the nodes that hold the video's size
 WIDTH, HEIGHT, FRAMES, STEPS = 96, 64, 17, 4
 THUMBNAIL_BYTES = 60_000
 
@@ -107,17 +109,18 @@ def without_titles(prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_newer_defaults(prompt: dict[str, Any], twin: dict[str, Any], server: ComfyServer) -> dict[str, Any]:
-    """``prompt`` without optional inputs of core's nodes, at their defaults, that the twin lacks: not every ComfyUI
-    has them, and it runs on all."""
+    """``prompt`` without what the twin lacks in core's nodes: optional inputs at their defaults, because not every
+    ComfyUI has them and it runs on all, and widgets of the front end alone, such as the preview in Load Video."""
     kept = {}
     for node, content in prompt.items():
         kind = content["class_type"]
-        schema = server.get(f"/object_info/{kind}")[kind]["input"].get("optional", {})
+        known = server.get(f"/object_info/{kind}")[kind]["input"]
+        schema, names = known.get("optional", {}), {name for group in known.values() for name in group}
         given = twin.get(node, {"inputs": {}})["inputs"]
         defaults = {} if kind.startswith("CogX") else {
             name: spec[1]["default"] for name, spec in schema.items() if name not in given and "default" in spec[1]}
         inputs = {name: value for name, value in content["inputs"].items()
-                  if name not in defaults or value != defaults[name]}
+                  if (name not in defaults or value != defaults[name]) and (name in names or kind.startswith("CogX"))}
         kept[node] = {**content, "inputs": inputs}
     return kept
 
@@ -126,7 +129,7 @@ def queue_from_page(page: Page, server: ComfyServer, name: str, text: str) -> Ru
     """Run the loaded workflow, made tiny, from within the page."""
     api = read(WORKFLOWS / "api" / f"{name}.json")
     node_of = {content["class_type"]: int(node) for node, content in reversed(api.items())}
-    latent = node_of["CogXEmptyLatent"]
+    latent, = (node for kind, node in node_of.items() if kind in SIZED)
     page.evaluate(SET_WIDGETS, [
         [node_of["CogXLoadPipeline"], "pipeline", TINY[name]], [node_of["CogXTextEncode"], "text", text],
         [latent, "width", WIDTH], [latent, "height", HEIGHT], [latent, "length", FRAMES],
@@ -201,7 +204,8 @@ def test_it_runs_from_the_page_and_shows_the_token_count(server: ComfyServer, op
     page = open_page(server)
     load(page, name, vue_nodes)
     # A text that no other test has: what is cached is not run, and shows nothing.
-    run = queue_from_page(page, server, name, f"a red balloon over the sea, {'vue' if vue_nodes else 'classic'}")
+    text = f"a red balloon over the sea, {name}, {'vue' if vue_nodes else 'classic'}"
+    run = queue_from_page(page, server, name, text)
     api = read(WORKFLOWS / "api" / f"{name}.json")
     node_of = {content["class_type"]: node for node, content in reversed(api.items())}
 
