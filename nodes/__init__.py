@@ -9,6 +9,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .decode import Decode
 from .image import ImageSize, ImageToVideo, VideoToVideo
+from .inversion import Inversion
 from .latent import EmptyLatent
 from .load import LoadModel, LoadPipeline, LoadTextEncoder, LoadVAE
 from .sample import DynamicGuidance, Sampler, SamplerSelect, Scheduler
@@ -16,7 +17,7 @@ from .text import TextEncode
 
 NODES: list[type[io.ComfyNode]] = [
     LoadPipeline, LoadModel, LoadTextEncoder, LoadVAE, TextEncode, EmptyLatent, Sampler, SamplerSelect, Scheduler,
-    DynamicGuidance, Decode, ImageToVideo, VideoToVideo, ImageSize,
+    DynamicGuidance, Decode, ImageToVideo, VideoToVideo, ImageSize, Inversion,
 ]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from ..models.specs import ModelSpec, SpecError
 from .guidance import dynamic_guidance
+from .inversion import InverseRun, Trajectory, attend_to_reference, check_same_shape
 from .reference import SCHEDULERS, ReferenceRun
 from .schedules import parse_timesteps, steps_after_strength, trailing_timesteps
 
@@ -29,6 +32,7 @@ REPAIR_TIMESTEP = 980
 NOISE_FRACTION = "linear_quadratic"
 
 GUIDANCE_KEY = "cogx_dynamic_guidance"
+INVERSION_KEY = "cogx_inversion"
 
 
 def sampler_names() -> list[str]:
@@ -89,7 +93,7 @@ class ReferenceSampler(comfy.samplers.Sampler):
         for i, timestep in enumerate(timesteps):
             sigma = sampling.sigmas[timestep].to(x)
             denoised = denoiser(x * (sigma**2 + 1).sqrt(), sigma.expand(x.shape[0]), denoise_mask, **extra_args)
-            v = x / sigma - denoised * ((sigma**2 + 1).sqrt() / sigma)
+            v = _velocity(denoised, x, sigma)
             after = run.step(i, v.transpose(1, 2), x.transpose(1, 2), generator)  # bcthw -> btchw
             x, x0 = (t.transpose(1, 2) for t in after)  # btchw -> bcthw
             if callback is not None:
@@ -98,6 +102,11 @@ class ReferenceSampler(comfy.samplers.Sampler):
             sigma = sampling.sigmas[end].to(x)
             x = x * (sigma**2 + 1).sqrt()
         return x.contiguous()
+
+
+def _velocity(denoised: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    """The v that the network gave for a variance-preserving x, from what ComfyUI made of it."""
+    return x / sigma - denoised * ((sigma**2 + 1).sqrt() / sigma)
 
 
 def _timesteps_of(sampling: Any, sigmas: Tensor) -> tuple[list[int], int | None]:
@@ -201,3 +210,155 @@ def sample(model: Any, positive: Any, negative: Any, latent: dict[str, Any], see
         seed=seed)
     kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
     return {**kept, "samples": samples}
+
+
+class InversionSampler(comfy.samplers.Sampler):
+    """Goes from the latent up to noise, for one run, and keeps the way in ``videos``."""
+
+    def __init__(self, run: InverseRun) -> None:
+        self.run = run
+        self.videos: list[Tensor] = []
+
+    def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Callable[..., Any] | None,
+               noise: Tensor, latent_image: Tensor | None = None, denoise_mask: Tensor | None = None,
+               disable_pbar: bool = False) -> Tensor:
+        x, timesteps = latent_image, self.run.timesteps
+        self.videos = [_kept(x)]
+        for i, timestep in enumerate(timesteps):
+            sigma = model_wrap.inner_model.model_sampling.sigmas[timestep].to(x)
+            denoised = model_wrap(x * (sigma**2 + 1).sqrt(), sigma.expand(x.shape[0]), **extra_args)
+            x, x0 = self.run.step(i, _velocity(denoised, x, sigma), x)
+            self.videos.append(_kept(x))
+            if callback is not None:
+                callback(i, x0, x, len(timesteps))
+        return x
+
+
+def _kept(x: Tensor) -> Tensor:
+    """A copy for after the run: in RAM, and no inference tensor, which training could not use."""
+    with torch.inference_mode(False):
+        return x.to(device="cpu", dtype=torch.float32, copy=True)
+
+
+def invert(model: Any, positive: Any, latent: dict[str, Any], steps: int) -> Trajectory:
+    """The way of a LATENT's video to the noise that the trailing DDIM of ``steps`` makes it from, without guidance.
+
+    Raises:
+        SpecError: another model, or an empty latent.
+    """
+    import latent_preview
+
+    spec = spec_of(model)
+    samples = latent["samples"]
+    if not torch.count_nonzero(samples):
+        raise SpecError("latent_image is empty (all zeros): expected an encoded video, which inversion turns into "
+                        "noise. Connect 'CogVideoX Video to Video' or 'VAE Encode'.")
+    samples = comfy.sample.fix_empty_latent_channels(model, samples)
+    sampler = InversionSampler(InverseRun(spec.schedule, steps))
+    guider = comfy.samplers.CFGGuider(_without_inversion(model))
+    guider.inner_set_conds({"positive": positive})
+    guider.set_cfg(1.0)  # with guidance the way back would not be the way up
+    sigmas = sigmas_at(model.get_model_object("model_sampling"), sampler.run.timesteps[::-1]).flip(0)
+    guider.sample(torch.zeros_like(samples), samples, sampler, sigmas,
+                  callback=latent_preview.prepare_callback(model, steps),
+                  disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=0)
+    return sampler.run.trajectory(sampler.videos, spec.padding_frames(samples.shape[2]))
+
+
+def _without_inversion(model: Any) -> Any:
+    """A clone without what an earlier inversion put on MODEL."""
+    model = model.clone()
+    for kind in tuple(model.wrappers):
+        model.remove_wrappers_with_key(kind, INVERSION_KEY)
+    return model
+
+
+def with_reference_video(model: Any, trajectory: Trajectory, features: bool) -> Any:
+    """A clone of MODEL that knows an inverted video.
+
+    Its noise is right for every timestep that a run begins at, ``denoise`` below 1 included. With ``features`` each
+    attention also sees the keys and values of the inverted video at the noise level of the step; the batch that
+    the network sees is then twice as large, and so is the memory that is asked for.
+    """
+    kinds = comfy.patcher_extension.WrappersMP
+    model = _without_inversion(model)
+    model.add_wrapper_with_key(kinds.OUTER_SAMPLE, INVERSION_KEY, partial(_begin_on, trajectory, features))
+    if features:
+        model.add_wrapper_with_key(kinds.DIFFUSION_MODEL, INVERSION_KEY, partial(_forward_beside, trajectory))
+        model.add_wrapper_with_key(kinds.PREPARE_SAMPLING, INVERSION_KEY, _prepare_for_twice)
+        model.add_wrapper_with_key(kinds.CALC_COND_BATCH, INVERSION_KEY, _plan_for_twice)
+    return model
+
+
+def _begin_on(trajectory: Trajectory, features: bool, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any,
+              sigmas: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """OUTER_SAMPLE wrapper, inside the one that adds padding frames. Other noise than the inverted one is left alone.
+
+    Raises:
+        SpecError: ``features`` of a video of another shape.
+    """
+    if features:
+        frames = latent_image.shape[2] - trajectory.padding
+        check_same_shape((*latent_image.shape[:2], frames, *latent_image.shape[3:]), trajectory.visible_shape)
+    if torch.equal(noise.cpu(), trajectory.noise):
+        sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
+        noise = trajectory.noise_at(int(sampling.timestep(sigmas[0])))
+    return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+
+def _forward_beside(trajectory: Trajectory, executor: Any, x: Tensor, timestep: Tensor, context: Tensor,
+                    ofs: Tensor | None, control: Any, options: dict[str, Any], **kwargs: Any) -> Tensor:
+    """DIFFUSION_MODEL wrapper: each video of the batch, and beside it the inverted one at this timestep.
+
+    Raises:
+        SpecError: the network is given a part of the video.
+    """
+    reference = trajectory.at(round(float(timestep[0]))).to(x)
+    if x.shape[2:] != reference.shape[2:]:
+        raise SpecError(f"features: expected the whole video {list(reference.shape[2:])} (frames, rows, columns) at "
+                        f"once, got a part of it, {list(x.shape[2:])}. Remove context windows and areas, or turn "
+                        "features off.")
+    reference = reference.repeat(x.shape[0] // reference.shape[0], 1, 1, 1, 1)
+    reference = torch.cat([reference, x[:, reference.shape[1]:]], dim=1)  # with the condition of an image model
+    attention = options.get("optimized_attention_override")
+    options = {
+        **options,
+        # Patches find their half of the batch by these; caches must not take the reference for the video.
+        "cond_or_uncond": options.get("cond_or_uncond", []) * 2,
+        "uuids": [*options.get("uuids", ()), *(uuid.uuid5(name, INVERSION_KEY) for name in options.get("uuids", ()))],
+        "optimized_attention_override": partial(_attention_beside, attention),
+    }
+    if ofs is not None:
+        ofs = ofs.expand(x.shape[0]).repeat(2)
+    out = executor(torch.cat([x, reference]), timestep.repeat(2), context.repeat(2, 1, 1), ofs, control, options,
+                   **kwargs)
+    return out[:x.shape[0]]
+
+
+def _attention_beside(override: Callable[..., Tensor] | None, attention: Callable[..., Tensor], *args: Any,
+                      **kwargs: Any) -> Tensor:
+    """ComfyUI's attention override, around one that a node has set."""
+    return attend_to_reference(partial(override, attention) if override else attention, *args, **kwargs)
+
+
+def _prepare_for_twice(executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+    """PREPARE_SAMPLING wrapper: the memory to free before a run is that of twice the videos."""
+    return executor(model, [2 * noise_shape[0], *noise_shape[1:]], *args, **kwargs)
+
+
+class _TwiceTheVideos:
+    """A model whose estimate of memory counts each video twice."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def memory_required(self, input_shape: Any, **kwargs: Any) -> float:
+        return self._model.memory_required([2 * input_shape[0], *input_shape[1:]], **kwargs)
+
+
+def _plan_for_twice(executor: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """CALC_COND_BATCH wrapper: which conditions fit into one batch."""
+    return executor(_TwiceTheVideos(model), *args, **kwargs)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..specs import VAE_TEMPORAL_RATIO, ModelSpec, check_latent
+from ..specs import VAE_TEMPORAL_RATIO, ModelSpec, SpecError, check_latent
 
 log = logging.getLogger("cogx")
 
@@ -32,6 +32,20 @@ def padding_noise(noise: Tensor, frames: int, seed: int | None) -> Tensor:
         return noise.new_zeros(shape).expand(noise.shape[0], *shape[1:])
     generator = torch.Generator("cpu").manual_seed((seed or 0) ^ PADDING_SEED)
     return torch.randn(shape, generator=generator).to(noise).expand(noise.shape[0], *shape[1:])
+
+
+def with_padding_noise(noise: Tensor, latent_frames: int, padding: int, seed: int | None) -> Tensor:
+    """The noise with that of the padding frames in front, which an inverted video brings along.
+
+    Raises:
+        SpecError: the noise is of another frame count than the latent.
+    """
+    if noise.shape[2] == latent_frames:
+        return torch.cat([padding_noise(noise, padding, seed), noise], dim=2) if padding else noise
+    if noise.shape[2] == latent_frames + padding:
+        return noise
+    raise SpecError(f"The noise has {noise.shape[2]} frames, the latent {latent_frames}: expected the same. The noise "
+                    "was inverted with another model; connect the model that 'CogVideoX Inversion' took.")
 
 
 def repeat_first(x: Tensor, frames: int) -> Tensor:
@@ -72,18 +86,19 @@ def outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
     """OUTER_SAMPLE wrapper. Tensors are [B, C, T, H, W], unscaled.
 
     Raises:
-        SpecError: another model's latent, or a size off the grid. ValueError: the first step is not finite.
+        SpecError: another model's latent or inverted noise, or a size off the grid.
+        ValueError: the first step is not finite.
     """
     model = executor.class_obj.model_patcher.model
-    check_latent(tuple(noise.shape), model.spec)
-    frames = VAE_TEMPORAL_RATIO * (noise.shape[2] - 1) + 1
+    check_latent(tuple(latent_image.shape), model.spec)
+    frames = VAE_TEMPORAL_RATIO * (latent_image.shape[2] - 1) + 1
     if frames > model.spec.max_frames:
         log.warning("%d frames: CogVideoX %s was trained on at most %d and gets poorer beyond.", frames,
                     model.spec.name, model.spec.max_frames)
-    padding = model.spec.padding_frames(noise.shape[2])
+    padding = model.spec.padding_frames(latent_image.shape[2])
+    noise = with_padding_noise(noise, latent_image.shape[2], padding, seed)
     callback = _checked_callback(callback, padding, model.spec, model.get_dtype_inference())
     if padding:
-        noise = torch.cat([padding_noise(noise, padding, seed), noise], dim=2)
         latent_image = repeat_first(latent_image, padding)
         if denoise_mask is not None:
             denoise_mask = repeat_first(denoise_mask, padding)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cogx.benchmarks.live_memory import LiveMemory, accounting
 from cogx.model_loaders.vae import CogVideoXVAE
 from cogx.models.cogvideox.base_model import CogVideoXConfig, CogVideoXModel
 from cogx.models.specs import PUBLISHED, Geometry, ModelSpec, VAESpec
+from cogx.samplers.adapter import _attention_beside, _TwiceTheVideos
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 0.15
@@ -50,15 +52,19 @@ def model_input_shape(spec: ModelSpec, batch: int) -> tuple[int, ...]:
     return b, c, t + spec.padding_frames(t), h, w
 
 
-def forward(model: CogVideoXModel, shape: tuple[int, ...]) -> LiveMemory:
+def cuda_attention(_: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What a CUDA run uses; on a CPU ComfyUI would choose a sliced attention."""
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+def forward(model: CogVideoXModel, shape: tuple[int, ...],
+            attention: Callable[..., torch.Tensor] = cuda_attention) -> LiveMemory:
     spec = model.spec
     batch = shape[0]
     x = meta(batch, spec.transformer.in_channels, *shape[2:])
     context = meta(batch, spec.text_tokens, spec.transformer.text_embed_dim)
     timestep, ofs = meta(batch, dtype=torch.float32), meta(batch, dtype=torch.float32)
-    # What a CUDA run uses; on a CPU ComfyUI would choose a sliced attention.
-    options = {"optimized_attention_override": lambda _, *args, **kwargs:
-               comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)}
+    options = {"optimized_attention_override": attention}
     with accounting() as memory:
         out = model.diffusion_model(x, timestep, context, ofs=ofs, transformer_options=options)
     assert out.shape == shape
@@ -69,6 +75,13 @@ def forward(model: CogVideoXModel, shape: tuple[int, ...]) -> LiveMemory:
 def test_transformer_estimate(model: CogVideoXModel, batch: int) -> None:
     shape = model_input_shape(model.spec, batch)
     check(model.memory_required(shape), forward(model, shape))
+
+
+def test_estimate_with_the_features_of_an_inverted_video(model: CogVideoXModel) -> None:
+    """Each video has its reference beside it in the batch, and a row of keys and values of both."""
+    shape = model_input_shape(model.spec, 2)
+    attention = partial(_attention_beside, cuda_attention)
+    check(_TwiceTheVideos(model).memory_required((1, *shape[1:])), forward(model, shape, attention))
 
 
 def test_transformer_estimate_of_a_short_small_clip() -> None:
