@@ -33,6 +33,8 @@ NOISE_FRACTION = "linear_quadratic"
 
 GUIDANCE_KEY = "cogx_dynamic_guidance"
 INVERSION_KEY = "cogx_inversion"
+# Core's step caches guess from falling noise levels, and fail on the rising ones of an inversion.
+STEP_CACHES = ("easycache", "lazycache")
 
 
 def sampler_names() -> list[str]:
@@ -255,7 +257,7 @@ def invert(model: Any, positive: Any, latent: dict[str, Any], steps: int) -> Tra
                         "noise. Connect 'CogVideoX Video to Video' or 'VAE Encode'.")
     samples = comfy.sample.fix_empty_latent_channels(model, samples)
     sampler = InversionSampler(InverseRun(spec.schedule, steps))
-    guider = comfy.samplers.CFGGuider(_without_inversion(model))
+    guider = comfy.samplers.CFGGuider(_clone_without(model, INVERSION_KEY, *STEP_CACHES))
     guider.inner_set_conds({"positive": positive})
     guider.set_cfg(1.0)  # with guidance the way back would not be the way up
     sigmas = sigmas_at(model.get_model_object("model_sampling"), sampler.run.timesteps[::-1]).flip(0)
@@ -265,11 +267,12 @@ def invert(model: Any, positive: Any, latent: dict[str, Any], steps: int) -> Tra
     return sampler.run.trajectory(sampler.videos, spec.padding_frames(samples.shape[2]))
 
 
-def _without_inversion(model: Any) -> Any:
-    """A clone without what an earlier inversion put on MODEL."""
+def _clone_without(model: Any, *keys: str) -> Any:
+    """A clone of MODEL without the wrappers of these keys."""
     model = model.clone()
     for kind in tuple(model.wrappers):
-        model.remove_wrappers_with_key(kind, INVERSION_KEY)
+        for key in keys:
+            model.remove_wrappers_with_key(kind, key)
     return model
 
 
@@ -281,7 +284,7 @@ def with_reference_video(model: Any, trajectory: Trajectory, features: bool) -> 
     the network sees is then twice as large, and so is the memory that is asked for.
     """
     kinds = comfy.patcher_extension.WrappersMP
-    model = _without_inversion(model)
+    model = _clone_without(model, INVERSION_KEY)  # of an earlier inversion
     model.add_wrapper_with_key(kinds.OUTER_SAMPLE, INVERSION_KEY, partial(_begin_on, trajectory, features))
     if features:
         model.add_wrapper_with_key(kinds.DIFFUSION_MODEL, INVERSION_KEY, partial(_forward_beside, trajectory))
