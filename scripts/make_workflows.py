@@ -48,7 +48,7 @@ COLUMN_GAP, ROW_GAP = 60, 75  # Vue nodes are taller than the classic ones whose
 LEFT, TOP = 100, 130
 VIEW_WIDTH, VIEW_MARGIN = 1800, (90, 130)  # what a full HD window shows beside the sidebar and below the buttons
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY, THUMBNAIL_MARGIN = 512, 85, 40
-THUMBNAIL_CENTRE = ("CogXTextEncode", "CogXSampler")  # the whole graph would be too small to read
+THUMBNAIL_CENTRE = ("CogXTextEncode", "CogXSampler", "CogXInversion")  # the whole graph would be too small to read
 PANELS = 400  # room around the graph for the front end's panels, which the thumbnail leaves out
 
 
@@ -69,7 +69,8 @@ COLUMNS = (
                  "MarkdownNote")),
     Column(400, ("CogXTextEncode", "CogXEmptyLatent", "GetVideoComponents")),
     Column(310, ("CogXImageSize", "CogXImageToVideo", "CogXVideoToVideo")),
-    Column(310, ("CogXSampler",)),
+    Column(310, ("CogXInversion", "CogXSamplerSelect", "CogXScheduler")),
+    Column(310, ("CogXSampler", "CFGGuider", "SamplerCustomAdvanced")),
     Column(260, ("CogXDecode",)),
     Column(230, ("CreateVideo",)),
     Column(360, ("SaveVideo",)),
@@ -93,6 +94,8 @@ MORE_NOTE = {
     "first_last_frame": "None of the published models was trained with an end image: take a model or a LoRA that was. "
                         + EXAMPLES,
     "video_to_video": "denoise in the sampler says how much changes. " + EXAMPLES,
+    "inversion": "features in CogVideoX Inversion keeps more of the video, for more time and memory. Inversion and "
+                 "CogVideoX Scheduler have the same steps. " + EXAMPLES,
 }
 
 LOAD_API = "([prompt, name]) => app.loadApiJson(prompt, name)"

@@ -22,7 +22,9 @@ PACK = "comfyui-cogx"
 WORKFLOWS = ROOT / "workflows"
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 TINY = {"text_to_video": "5B", "text_to_video_1.5": "1.5-5B", "image_to_video": "5B-I2V",
-        "image_to_video_1.5": "1.5-5B-I2V", "first_last_frame": "5B-I2V", "video_to_video": "5B"}
+        "image_to_video_1.5": "1.5-5B-I2V", "first_last_frame": "5B-I2V", "video_to_video": "5B",
+        "inversion": "5B"}
+STEPPED = {"CogXSampler", "CogXScheduler", "CogXInversion"}  # the nodes that hold the number of steps
 SIZED = {"CogXEmptyLatent", "CogXImageToVideo", "CogXVideoToVideo"}  # the nodes that hold the video's size
 WIDTH, HEIGHT, FRAMES, STEPS = 96, 64, 17, 4
 THUMBNAIL_BYTES = 60_000
@@ -133,7 +135,7 @@ def queue_from_page(page: Page, server: ComfyServer, name: str, text: str) -> Ru
     page.evaluate(SET_WIDGETS, [
         [node_of["CogXLoadPipeline"], "pipeline", TINY[name]], [node_of["CogXTextEncode"], "text", text],
         [latent, "width", WIDTH], [latent, "height", HEIGHT], [latent, "length", FRAMES],
-        [node_of["CogXSampler"], "steps", STEPS],
+        *([node, "steps", STEPS] for kind, node in node_of.items() if kind in STEPPED),
     ])
     with page.expect_response("**/api/prompt") as response:
         page.evaluate("app.queuePrompt(0, 1)")
@@ -153,8 +155,9 @@ def test_the_file_is_flat_and_bound_to_no_machine(name: str) -> None:
     text = (WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")
     workflow = json.loads(text)
     assert not workflow.get("definitions")  # subgraphs
-    sampler = next(node for node in workflow["nodes"] if node["type"] == "CogXSampler")
-    assert "fixed" in sampler["widgets_values"]  # queueing again after a failed decode must not sample again
+    # Queueing again after a failed decode must not sample again. (An inversion has no seed.)
+    assert all("fixed" in node["widgets_values"] for node in workflow["nodes"] if node["type"] == "CogXSampler")
+    assert not re.search(r'"(randomize|increment|decrement)"', text)
     assert not re.search(r"/(home|root|tmp|work|Users)/|[A-Z]:\\\\|127\.0\.0\.1|localhost", text)
 
 
