@@ -1,7 +1,8 @@
 """Where models are: names that users choose, and the paths behind them, through ComfyUI's ``folder_paths``.
 
 HF pipeline folders lie under ``models/diffusers`` or ``models/CogVideo``, single files under ``diffusion_models``,
-``text_encoders`` and ``vae``. Names are paths below those folders, with forward slashes.
+``text_encoders`` and ``vae``. Names are paths below those folders, with forward slashes. One pipeline comes with the
+pack: the embedded demo model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .files import pipeline_class
 PIPELINE_CATEGORY = "diffusers"
 LEGACY_FOLDER = "CogVideo"  # where people who used other packs have their pipeline folders
 FILE_CATEGORIES = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
+EMBEDDED = Path(__file__).resolve().parent.parent / "demo" / "CogX-Demo"  # its name means no other folder
 _MAX_DEPTH = 3
 
 
@@ -32,7 +34,8 @@ def _folders(name: str) -> list[Path]:
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
     if not parts or PurePosixPath(name).is_absolute() or any(p == ".." or ":" in p or "\\" in p for p in parts):
         return []
-    return [folder for root in _pipeline_roots() if _is_folder(folder := root.joinpath(*parts))]
+    roots = [EMBEDDED.parent] if parts[0] == EMBEDDED.name else _pipeline_roots()
+    return [folder for root in roots if _is_folder(folder := root.joinpath(*parts))]
 
 
 def _is_folder(path: Path) -> bool:
@@ -62,9 +65,10 @@ def _is_cogvideox(folder: Path) -> bool:
 
 
 def pipeline_names() -> list[str]:
-    """Every CogVideoX pipeline folder (one whose model_index.json says so)."""
-    return sorted({name for root in _pipeline_roots() for name in _pipelines_below(root)
-                   if _is_cogvideox(root / name)})
+    """Every CogVideoX pipeline folder (one whose model_index.json says so); last the embedded one."""
+    names = {name for root in _pipeline_roots() for name in _pipelines_below(root) if _is_cogvideox(root / name)}
+    own = [EMBEDDED.name] if (EMBEDDED / "model_index.json").is_file() else []
+    return sorted(names - {EMBEDDED.name}) + own
 
 
 def pipeline_path(name: str) -> Path:

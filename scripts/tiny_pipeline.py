@@ -1,6 +1,6 @@
 """Makes a seeded random tiny CogVideoX pipeline folder in the exact layout of the published ones.
 
-    python scripts/tiny_pipeline.py --output models/diffusers/CogX-Demo --tokenizer PATH/t5_tokenizer [--variant 5B]
+    python scripts/tiny_pipeline.py --output models/diffusers/tiny --tokenizer PATH/t5_tokenizer [--variant 5B]
 
 It has the architecture of the chosen variant at a few hundred kilobytes, so every code path can be run and compared
 on a CPU in seconds. Its weights mean nothing: the video is noise.
