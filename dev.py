@@ -1,6 +1,6 @@
 """Sets up a real ComfyUI with this pack and drives it. Needs Python 3.10 or newer and nothing else.
 
-    python dev.py demo     make a video with a small embedded model and print its path
+    python dev.py demo     make a video with the small embedded model and print its path
     python dev.py test     run the test suite (further arguments go to pytest)
     python dev.py serve    ComfyUI with the pack, for a browser
     python dev.py setup    only set up
@@ -47,10 +47,14 @@ START_SECONDS = 180
 DEMO_WORKFLOW = PACK / "workflows" / "api" / "text_to_video.json"
 DEMO_MODEL = "CogX-Demo"
 DEMO_OUTPUT = "cogx_demo.mp4"
-DEMO_STEPS = 10
+DEMO_PROMPT = "A red circle glides from left to right over a dark background"
+DEMO_STEPS = 25
+DEMO_PIPELINES = ("CogX-Demo-I2V", "CogX-Demo-1.5-I2V")  # image to video; put together for `serve`
 DEMO_INPUTS: dict[str, dict[str, Any]] = {  # what the embedded model is made for
     "CogXLoadPipeline": {"pipeline": DEMO_MODEL},
     "CogXEmptyLatent": {"width": 96, "height": 64, "length": 17},
+    # Of so few words much guidance makes caricatures: squares with ears, hearts for circles.
+    "CogXSampler": {"sampler": "cogvideox_ddim", "cfg": 2.0, "dynamic_cfg": False},
     "SaveVideo": {"filename_prefix": "cogx_demo"},
 }
 
@@ -447,16 +451,17 @@ def check_imports(log: Path) -> None:
 # --- Commands ---
 
 
-def ensure_demo_model(host: Host, comfy: Comfy) -> None:
-    script = PACK / "scripts" / "tiny_pipeline.py"
+def ensure_demo_pipelines(host: Host) -> None:
+    """Puts the embedded image-to-video models where ComfyUI finds them."""
+    script = PACK / "scripts" / "demo_pipeline.py"
+    parts = sorted(file for file in (PACK / "demo").rglob("*") if file.is_file())
+    wanted = digest([script, *parts])
+    for name in DEMO_PIPELINES:
+        def make(target: Path, name: str = name) -> None:
+            if not succeeds([sys.executable, script, "--pipeline", name, "--output", target], quiet=True):
+                raise SetupError(f"{name} could not be put together from {PACK / 'demo'}. Get the complete pack.")
 
-    def make(target: Path) -> None:
-        say("Making the small embedded model")
-        tokenizer = comfy.tree / "comfy" / "text_encoders" / "t5_tokenizer"
-        if not succeeds([host.python, script, "--output", target, "--tokenizer", tokenizer]):
-            raise SetupError("The embedded model could not be made; the reason is above.")
-
-    build(host, host.models / "diffusers" / DEMO_MODEL, digest([script]), make)
+        build(host, host.models / "diffusers" / name, wanted, make)
 
 
 def demo_settings(workflow: Mapping[str, dict[str, Any]], options: argparse.Namespace) -> list[str]:
@@ -478,7 +483,6 @@ def demo(host: Host, options: argparse.Namespace) -> int:
     if output.suffix.lower() != ".mp4" or output.is_dir():
         raise SetupError(f"The demo makes an MP4 file: --output {options.output} should end in .mp4")
     comfy = set_up(host, options.comfyui)
-    ensure_demo_model(host, comfy)
     workflow = json.loads(DEMO_WORKFLOW.read_text(encoding="utf-8"))
     port, log = free_port(), host.root / "logs" / "demo.log"
     with running_comfyui(host, comfy, port, log):
@@ -508,7 +512,7 @@ def serve(host: Host, options: argparse.Namespace) -> int:
     if not port_is_free(options.port):
         raise SetupError(f"Port {options.port} is in use. Choose another one with --port.")
     comfy = set_up(host, options.comfyui)
-    ensure_demo_model(host, comfy)
+    ensure_demo_pipelines(host)
     log = host.root / "logs" / f"serve-{options.port}.log"
     with running_comfyui(host, comfy, options.port, log) as process:
         url = f"http://127.0.0.1:{options.port}"
@@ -557,7 +561,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for each in made.values():
         each.add_argument("--comfyui", metavar="VERSION", type=version_number,
                           help=f"a ComfyUI version (default: yours, or else {DEFAULT_VERSION})")
-    made["demo"].add_argument("--prompt", help="what the video should show (default: the workflow's)")
+    made["demo"].add_argument("--prompt", default=DEMO_PROMPT, help="a circle, square or triangle in red, green, "
+                              "blue, yellow, purple or cyan: how it moves, and over which background")
     made["demo"].add_argument("--negative", help="what it should not show")
     made["demo"].add_argument("--steps", type=number_from(1, 1000), default=DEMO_STEPS)
     made["demo"].add_argument("--seed", type=number_from(0, 2**64 - 1))

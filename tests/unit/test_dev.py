@@ -370,7 +370,8 @@ def test_demo_settings(dev):
     }
     options = dev.parse(["demo", "--prompt", "123", "--seed", "0"])
     assert dev.demo_settings(workflow, options) == [
-        '1.pipeline="CogX-Demo"', '2.text="123"', "4.width=96", "4.height=64", "4.length=17", "5.seed=0", "5.steps=10"]
+        '1.pipeline="CogX-Demo"', '2.text="123"', "4.width=96", "4.height=64", "4.length=17",
+        '5.sampler="cogvideox_ddim"', "5.cfg=2.0", "5.dynamic_cfg=false", "5.seed=0", "5.steps=25"]
     options = dev.parse(["demo", "--negative", "dark", "--steps", "4"])
     assert {'3.text="dark"', "5.steps=4"} <= set(dev.demo_settings(workflow, options))
 
