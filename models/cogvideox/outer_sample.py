@@ -1,7 +1,7 @@
 """What happens around every sampling run of a CogVideoX MODEL, whichever node starts it (OUTER_SAMPLE wrapper).
 
 Checks the latent, adds the padding frames of 1.5 and drops them again, stops after the first step if it is NaN, and
-gives back to the bit what a mask keeps.
+gives back to the bit what a mask keeps, in one stage.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ log = logging.getLogger("cogx")
 # Seeds the padding's noise apart from the video's: XOR, because seed + 1 overflows at the maximum and repeats the
 # generator of core's ancestral noise.
 PADDING_SEED = 0x434F4758
+
+MASKED_SECOND_STAGE = ("A noise mask on a latent that gets no noise, at a noise level above the last: this looks like "
+                       "the second stage of a split run, and the part that the mask keeps would come back with the "
+                       "first stage's noise. Sample a masked latent in one stage.")
 
 
 def padding_noise(noise: Tensor, frames: int, seed: int | None) -> Tensor:
@@ -46,6 +50,12 @@ def with_padding_noise(noise: Tensor, latent_frames: int, padding: int, seed: in
         return noise
     raise SpecError(f"The noise has {noise.shape[2]} frames, the latent {latent_frames}: expected the same. The noise "
                     "was inverted with another model; connect the model that 'CogVideoX Inversion' took.")
+
+
+def _is_second_stage(noise: Tensor, sigmas: Tensor, model: Any) -> bool:
+    """The noise is in the latent already (DisableNoise, or KSampler (Advanced) with add_noise disable)."""
+    above = len(sigmas) > 0 and float(sigmas[0]) > float(model.model_sampling.sigma_min)
+    return above and not torch.count_nonzero(noise)
 
 
 def repeat_first(x: Tensor, frames: int) -> Tensor:
@@ -95,6 +105,8 @@ def outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
     if frames > model.spec.max_frames:
         log.warning("%d frames: CogVideoX %s was trained on at most %d and gets poorer beyond.", frames,
                     model.spec.name, model.spec.max_frames)
+    if denoise_mask is not None and _is_second_stage(noise, sigmas, model):
+        log.warning(MASKED_SECOND_STAGE)
     padding = model.spec.padding_frames(latent_image.shape[2])
     noise = with_padding_noise(noise, latent_image.shape[2], padding, seed)
     callback = _checked_callback(callback, padding, model.spec, model.get_dtype_inference())

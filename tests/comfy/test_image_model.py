@@ -12,6 +12,7 @@ import torch
 from cogx.model_loaders import load
 from cogx.model_loaders.images import END_IMAGE_NOTE, ImageOptions, encode_condition, encode_video, with_images
 from cogx.models.cogvideox.image_condition import condition_latent
+from cogx.models.cogvideox.outer_sample import MASKED_SECOND_STAGE
 from cogx.models.specs import Geometry, SpecError
 from cogx.samplers import adapter
 from torch import Tensor
@@ -128,14 +129,34 @@ def test_masks_keep_to_the_bit(tiny_pipelines, error, variant, sampler, kind):
     assert error(out[~kept], latent[~kept]) > 0.05
 
 
-def test_a_masked_first_stage_stays_noisy(tiny_pipelines, error):
-    """Split SIGMAS: only the stage that ends clean gives the video back."""
+def test_a_mask_in_two_stages_warns(tiny_pipelines, error, caplog):
+    """Split SIGMAS: what the first stage keeps is noisy, the second stage knows no other latent, and says so once."""
     model, mask, latent = model_of(tiny_pipelines, "5B"), masks()["picture"], noise_of(1)
     sigmas = adapter.make_sigmas(model, 4, "trailing")
-    out = comfy.sample.sample_custom(
-        model, noise_of(0), 6.0, adapter.sampler_object("cogvideox_ddim"), sigmas[:3], *conditionings(model), latent,
-        noise_mask=mask, seed=3, disable_pbar=True)
-    assert error(out[..., :6], latent[..., :6]) > 0.1
+
+    def stage(noise: Tensor, start: Tensor, part: Tensor) -> Tensor:
+        return comfy.sample.sample_custom(model, noise, 6.0, adapter.sampler_object("cogvideox_ddim"), part,
+                                          *conditionings(model), start, noise_mask=mask, seed=3, disable_pbar=True)
+
+    def warnings() -> int:
+        return [record.getMessage() for record in caplog.records].count(MASKED_SECOND_STAGE)
+
+    first = stage(noise_of(0), latent, sigmas[:3])
+    assert error(first[..., :6], latent[..., :6]) > 0.1 and warnings() == 0
+    second = stage(torch.zeros_like(first), first, sigmas[2:])
+    assert torch.equal(second[..., :6], first[..., :6]) and warnings() == 1
+    stage(noise_of(0), latent, sigmas)
+    assert warnings() == 1
+
+
+def test_a_mask_without_noise_at_the_last_level_is_no_second_stage(tiny_pipelines, caplog):
+    """As a detailer runs: no noise, and none in the latent."""
+    model = model_of(tiny_pipelines, "5B")
+    sigmas = torch.tensor([float(model.model.model_sampling.sigma_min), 0.0])
+    comfy.sample.sample_custom(
+        model, torch.zeros(1, 16, 5, 8, 12), 6.0, adapter.sampler_object("euler"), sigmas, *conditionings(model),
+        noise_of(1), noise_mask=masks()["picture"], seed=3, disable_pbar=True)
+    assert MASKED_SECOND_STAGE not in caplog.text
 
 
 GEOMETRY = (96, 64, 17)
