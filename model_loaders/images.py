@@ -16,6 +16,8 @@ from .vae import require_cogvideox
 
 log = logging.getLogger("cogx")
 
+MAX_BATCH = 64  # videos that are sampled at once from images; more is a video connected by mistake
+
 END_IMAGE_NOTE = ("end_image: none of the published CogVideoX models was trained with a last frame, so expect a jump "
                   "or a blur at the end. Use a model or a LoRA that was trained on first and last frames.")
 
@@ -32,6 +34,23 @@ class ImageOptions:
     posterior: str = "mean"
     noise_augmentation: bool = False
     seed: int = 0
+
+
+def count_videos(start: Tensor | None, end: Tensor | None, batch_size: int) -> int:
+    """How many videos the images ([N, H, W, C]) make, ``batch_size`` from each.
+
+    Raises:
+        SpecError: more than ``MAX_BATCH``.
+    """
+    name, images = max((("start_image", start), ("end_image", end)),
+                       key=lambda given: 0 if given[1] is None else given[1].shape[0])
+    count = 1 if images is None else images.shape[0]
+    if count * batch_size > MAX_BATCH:
+        raise SpecError(f"{count} images in {name} with batch_size {batch_size} make {count * batch_size} videos: "
+                        f"expected at most {MAX_BATCH}. To change a video take 'CogVideoX Video to Video' "
+                        "(CogXVideoToVideo); to start from one of its frames, core's 'Image From Batch' "
+                        "(ImageFromBatch).")
+    return count * batch_size
 
 
 def encode_condition(vae: Any, geometry: Geometry, start: Tensor | None, end: Tensor | None,

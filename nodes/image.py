@@ -92,18 +92,20 @@ class ImageToVideo(io.ComfyNode):
                 batch_size: int, start_image: Any = None, end_image: Any = None, reference: str = "auto",
                 posterior: str = "mean", fit: str = "crop", noise_augmentation: bool = False,
                 augmentation_seed: int = 0, model: Any = None) -> io.NodeOutput:
-        from ..model_loaders.images import ImageOptions, encode_condition, with_images
+        from ..model_loaders.images import ImageOptions, count_videos, encode_condition, with_images
         from ..models.cogvideox.image_condition import check_image
 
         geometry = geometry_of(width, height, length, model)
         if model is not None:
             check_image(geometry.spec, True, "The conditioning of this node")
+        videos = count_videos(start_image, end_image, batch_size)
         options = ImageOptions(fit, posterior, noise_augmentation, augmentation_seed)
         condition, notes = encode_condition(vae, geometry, start_image, end_image, options)
-        condition = condition.repeat_interleave(batch_size, dim=0)
+        if condition.shape[0] > 1:  # one serves every video; of several, a, a, b, b where core would make a, b, a, b
+            condition = condition.repeat_interleave(batch_size, dim=0)
         return io.NodeOutput(
             with_images(positive, condition, reference), with_images(negative, condition, reference),
-            empty_latent(geometry, condition.shape[0]), ui=_report(cls, notes))
+            empty_latent(geometry, videos), ui=_report(cls, notes))
 
 
 class VideoToVideo(io.ComfyNode):

@@ -10,7 +10,14 @@ import comfy.utils
 import pytest
 import torch
 from cogx.model_loaders import load
-from cogx.model_loaders.images import END_IMAGE_NOTE, ImageOptions, encode_condition, encode_video, with_images
+from cogx.model_loaders.images import (
+    END_IMAGE_NOTE,
+    ImageOptions,
+    count_videos,
+    encode_condition,
+    encode_video,
+    with_images,
+)
 from cogx.models.cogvideox.image_condition import condition_latent
 from cogx.models.cogvideox.outer_sample import MASKED_SECOND_STAGE
 from cogx.models.specs import Geometry, SpecError
@@ -103,6 +110,50 @@ def test_batch_with_an_image_each(tiny_pipelines, error, variant):
     for i in range(2):
         alone = conditionings(model, condition_latent(5, pictures[i:i + 1], None))
         assert error(batch[i:i + 1], sample(model, alone, noise[i:i + 1])) <= 1e-5
+
+
+@pytest.mark.parametrize("variant", I2V)
+def test_one_condition_serves_a_batch(tiny_pipelines, variant):
+    """Core repeats it: the same numbers as one condition for each video."""
+    model, condition = model_of(tiny_pipelines, variant), condition_latent(5, noise_of(1, 1), None)
+    noise = noise_of(0, count=3)
+    outs = [sample(model, conditionings(model, one), noise) for one in (condition, condition.repeat_interleave(3, 0))]
+    assert torch.equal(*outs)
+
+
+def test_image_to_video_node_repeats_several_images_only(vae, monkeypatch):
+    """Videos in the LATENT, and images in the conditioning."""
+    from cogx.nodes import image as module
+    from cogx.nodes.image import ImageToVideo
+
+    monkeypatch.setattr(module, "_report", lambda cls, notes: None)  # there is no server
+
+    def run(images: int, batch_size: int) -> tuple[int, Tensor]:
+        pictures = torch.cat([image(3, seed) for seed in range(images)])
+        positive, _, latent = ImageToVideo.execute([[torch.zeros(1), {}]], [], vae, *GEOMETRY, batch_size,
+                                                   pictures).result
+        return latent["samples"].shape[0], positive[0][1]["concat_latent_image"]
+
+    videos, condition = run(1, 3)
+    assert videos == 3 and condition.shape[0] == 1
+    videos, condition = run(2, 2)
+    assert videos == condition.shape[0] == 4
+    assert torch.equal(condition[0], condition[1]) and not torch.equal(condition[1], condition[2])
+
+
+@pytest.mark.parametrize("start, end, batch_size", [(49, None, 2), (None, 65, 1), (1, 33, 2)])
+def test_a_video_as_an_image_is_refused_before_it_is_encoded(start, end, batch_size):
+    """Such as Get Video Components wired to start_image."""
+    from cogx.nodes.image import ImageToVideo
+
+    start, end = (count and torch.zeros(1, 1, 1, 3).expand(count, -1, -1, -1) for count in (start, end))
+    with pytest.raises(SpecError, match=r"videos: expected at most 64.*Video to Video.*ImageFromBatch"):
+        ImageToVideo.execute([], [], None, *GEOMETRY, batch_size, start, end)
+
+
+def test_a_batch_of_64_is_allowed():
+    pictures = torch.zeros(32, 1, 1, 3)
+    assert count_videos(pictures, None, 2) == count_videos(pictures[:1], pictures, 2) == 64
 
 
 def masks() -> dict[str, Tensor]:
