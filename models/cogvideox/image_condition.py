@@ -98,8 +98,10 @@ def model_condition(condition: Tensor, noise_shape: tuple[int, ...], spec: Model
                         f"the latent is for {_in_pixels(unpadded, noise_shape[3:])}: set the same width, height and "
                         f"length in {NODE} and in the node that makes the latent, or take the LATENT of that node.")
     if noise_shape[0] % condition.shape[0]:
-        raise SpecError(f"{condition.shape[0]} images in the conditioning and {noise_shape[0]} videos in the latent: "
-                        f"expected one image, or one for each video. Take the LATENT of {NODE}.")
+        videos = f"{noise_shape[0]} video{'s' if noise_shape[0] > 1 else ''}"
+        raise SpecError(f"{condition.shape[0]} images in the conditioning and {videos} in the latent: expected one "
+                        f"image, or one for each video. Take the LATENT of {NODE}, or give this node one image "
+                        "(ImageFromBatch).")
     return padded_condition(condition * spec.image_scale(reference), padding)
 
 

@@ -93,7 +93,8 @@ def test_images_that_make_no_condition(start, end, frames, message):
     ((1, 16, 13, 4, 6), (1, 16, 7, 4, 6), r"for 48x32 and 49 frames, the latent is for 48x32 and 25 frames"),
     ((1, 4, 13, 4, 6), (1, 16, 13, 4, 6), r"latent shape \[1, 4, 13, 4, 6\]: CogVideoX 5B-I2V needs \[batch, 16"),
     ((1, 16, 4, 6), (1, 16, 13, 4, 6), r"latent shape \[1, 16, 4, 6\]"),
-    ((2, 16, 13, 4, 6), (1, 16, 13, 4, 6), r"2 images in the conditioning and 1 videos in the latent"),
+    ((2, 16, 13, 4, 6), (1, 16, 13, 4, 6), r"2 images in the conditioning and 1 video in the latent.*ImageFromBatch"),
+    ((2, 16, 13, 4, 6), (3, 16, 13, 4, 6), r"2 images in the conditioning and 3 videos in the latent"),
 ])
 def test_condition_of_another_latent(condition, noise, message):
     with pytest.raises(SpecError, match=message):
