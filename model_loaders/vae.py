@@ -204,16 +204,18 @@ class CogVideoXVAE(comfy.sd.VAE):
         """Latents of videos. [frames, H, W, 3] is one video, [B, frames, H, W, 3] a batch of videos.
 
         Returns [B, 16, T, h, w], unscaled: the mean of the posterior, or a draw from it with the CPU ``generator``,
-        video by video as diffusers does. Only if memory runs out it goes on in tiles, as core does, with a warning.
+        video by video as diffusers does. In tiles, with a warning, only if the rest cannot fit or memory runs out.
         """
         video = self._to_video(pixels)
-        try:
-            return _latents_of(self._encode_exact(video), generator)
-        except Exception as error:  # noqa: BLE001 - the host knows which errors mean out of memory
-            comfy.model_management.raise_non_oom(error)
+        if self._fits(video.shape, self._encode_memory):
+            try:
+                return _latents_of(self._encode_exact(video), generator)
+            except Exception as error:  # noqa: BLE001 - the host knows which errors mean out of memory
+                comfy.model_management.raise_non_oom(error)
         comfy.model_management.soft_empty_cache()
-        log.warning("Encoding %dx%d in tiles, because memory ran out. Tiles change the latent slightly.",
-                    video.shape[4], video.shape[3])
+        log.warning("Encoding %dx%d in tiles: %.1f GB are needed at once and not free. Tiles change the latent "
+                    "slightly; free memory or use a smaller size for an exact encode.", video.shape[4],
+                    video.shape[3], self._encode_memory(video.shape, self.vae_dtype) / 2**30)
         return _latents_of(self._encode_in_tiles(video, DEFAULT_TILE, DEFAULT_OVERLAP), generator)
 
     def _encode_exact(self, video: Tensor) -> Tensor:
@@ -264,7 +266,7 @@ def _latents_of(moments: Tensor, generator: torch.Generator | None = None) -> Te
     """Mean of the posterior, or a draw from it: [B, 32, T, h, w] (mean and log variance) -> [B, 16, T, h, w]."""
     mean, logvar = moments.chunk(2, dim=1)
     if generator is None:
-        return mean
+        return mean.clone(memory_format=torch.contiguous_format)  # a view would keep the log variance in memory
     noise = torch.cat([torch.randn(one.shape, generator=generator) for one in mean.split(1)])
     return mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * noise.to(mean)
 

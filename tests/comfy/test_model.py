@@ -113,6 +113,30 @@ def test_running_out_of_memory_at_encode(pipeline, monkeypatch):
         assert vae.encode(frames).shape == (1, 16, 3, 8, 12)
 
 
+def test_an_encode_that_cannot_fit_is_not_tried(pipeline, monkeypatch, caplog):
+    """As at decode: the estimate decides before anything is computed, and the log names it."""
+    vae, frames = pipeline[2], torch.rand(9, 64, 96, 3)
+
+    def tried(video):
+        raise AssertionError("tried")
+
+    with torch.inference_mode():
+        monkeypatch.setattr(vae, "_encode_exact", tried)
+        monkeypatch.setattr(vae, "_fits", lambda shape, estimate: False)
+        monkeypatch.setattr(vae, "_encode_memory", lambda shape, dtype: 3.5 * 2**30)
+        assert vae.encode(frames).shape == (1, 16, 3, 8, 12)
+    assert "Encoding 96x64 in tiles: 3.5 GB are needed at once" in caplog.text
+
+
+def test_a_latent_holds_no_more_than_itself(pipeline):
+    """The log variance beside the mean is freed, for one video and for several."""
+    with torch.inference_mode():
+        for count in (1, 2):
+            latent = pipeline[2].encode(torch.rand(count, 9, 64, 96, 3))
+            assert latent.is_contiguous()
+            assert latent.untyped_storage().nbytes() == latent.numel() * latent.element_size()
+
+
 def test_incomplete_text_encoder_is_refused(tiny_pipelines, tmp_path):
     from cogx.models.specs import SpecError
     from safetensors.torch import load_file, save_file
