@@ -10,6 +10,7 @@ import comfy.utils
 import pytest
 import torch
 from cogx.model_loaders import load
+from cogx.model_loaders import vae as vae_module
 from cogx.model_loaders.images import (
     END_IMAGE_NOTE,
     ImageOptions,
@@ -18,7 +19,7 @@ from cogx.model_loaders.images import (
     encode_video,
     with_images,
 )
-from cogx.models.cogvideox.image_condition import condition_latent
+from cogx.models.cogvideox.image_condition import augmented, condition_latent
 from cogx.models.cogvideox.outer_sample import MASKED_SECOND_STAGE
 from cogx.models.specs import Geometry, SpecError
 from cogx.samplers import adapter
@@ -242,7 +243,7 @@ def test_end_image_says_that_no_model_was_trained_for_it(vae, geometry):
 
 
 def test_posterior(vae, geometry):
-    """A draw is seeded, differs from the mean, and follows the augmentation in one stream."""
+    """A draw is seeded, and differs from the mean."""
     def encoded(**options):
         return encode_condition(vae, geometry, image(3), None, ImageOptions(**options))[0]
 
@@ -250,6 +251,17 @@ def test_posterior(vae, geometry):
     assert torch.equal(one, encoded(posterior="sample", seed=1))
     assert not torch.allclose(one, mean, atol=1e-3) and not torch.equal(one, encoded(posterior="sample", seed=2))
     assert torch.equal(mean, encoded(seed=1))
+
+
+def test_the_draw_follows_the_augmentation_in_one_stream(vae, geometry):
+    """One generator for both: what the draw takes comes after what the augmentation took."""
+    options = ImageOptions(posterior="sample", noise_augmentation=True, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    noisy = augmented(image(3), generator)
+    expected = vae.encode_video(noisy[:, None], generator)
+    anew = vae.encode_video(noisy[:, None], torch.Generator().manual_seed(1))
+    found = encode_condition(vae, geometry, image(3), None, options)[0][:, :, :1]
+    assert torch.equal(found, expected) and not torch.allclose(found, anew, atol=1e-3)
 
 
 def test_images_of_a_batch_are_encoded_one_by_one(vae, geometry):
@@ -269,11 +281,18 @@ def test_videos(vae, geometry):
 
 
 def test_sample_of_a_tiled_encode_is_one_draw(vae, monkeypatch):
-    """Out of memory: the moments are blended and the draw is the same, not one for each tile."""
+    """Out of memory: the moments are blended, and one draw is made of the whole, not one of each tile."""
     def out_of_memory(video):
         raise torch.cuda.OutOfMemoryError("out of memory")
 
     frames = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(0))
-    exact = vae.encode_video(frames, torch.Generator().manual_seed(1))
     monkeypatch.setattr(vae, "_encode_exact", out_of_memory)
-    assert torch.allclose(vae.encode_video(frames, torch.Generator().manual_seed(1)), exact, atol=1e-5)
+    monkeypatch.setattr(vae_module, "DEFAULT_TILE", (48, 48))
+    monkeypatch.setattr(vae_module, "DEFAULT_OVERLAP", 16)
+    moments = vae._encode_in_tiles(vae._to_video(frames), (48, 48), 16)
+    tiles = vae_module.tile_starts(64, 48, 32), vae_module.tile_starts(96, 48, 32)
+    assert [len(starts) for starts in tiles] == [2, 3]
+    mean, logvar = moments.chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+    expected = mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise
+    assert torch.allclose(vae.encode_video(frames, torch.Generator().manual_seed(1)), expected, atol=1e-5)
