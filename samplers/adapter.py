@@ -298,12 +298,15 @@ def _begin_on(trajectory: Trajectory, features: bool, executor: Any, noise: Tens
     """OUTER_SAMPLE wrapper, inside the one that adds padding frames. Other noise than the inverted one is left alone.
 
     Raises:
-        SpecError: ``features`` of a video of another shape.
+        SpecError: ``features`` of a video of another shape, or FreeNoise, which would shuffle the inverted noise.
     """
     if features:
         frames = latent_image.shape[2] - trajectory.padding
         check_same_shape((*latent_image.shape[:2], frames, *latent_image.shape[3:]), trajectory.visible_shape)
     if torch.equal(noise.cpu(), trajectory.noise):
+        if getattr(executor.class_obj.model_options.get("context_handler"), "freenoise", False):
+            raise SpecError("freenoise: expected it off, as the inverted noise belongs to its own frames; got it on, "
+                            "which shuffles them. Turn freenoise off in the context windows node.")
         sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
         noise = trajectory.noise_at(int(sampling.timestep(sigmas[0])))
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)

@@ -277,19 +277,36 @@ def test_what_the_network_gets_with_features(model):
     assert torch.equal(given["optimized_attention_override"]("host", q, q, q), q) and calls[1:] == ["host", "host"]
 
 
-def test_features_of_a_part_are_refused(model):
-    """A context window sees some of the frames."""
+def with_windows(model, freenoise: bool = False):
+    """Core's context windows of three frames."""
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
-    windowed = ContextWindowsManualNode.execute(
+    return ContextWindowsManualNode.execute(
         model, context_length=3, context_overlap=1, context_schedule="standard_static", context_stride=1,
-        closed_loop=False, fuse_method="pyramid", dim=2, freenoise=False).result[0]
+        closed_loop=False, fuse_method="pyramid", dim=2, freenoise=freenoise).result[0]
+
+
+def test_features_of_a_part_are_refused(model):
+    """A context window sees some of the frames."""
+    windowed = with_windows(model)
     latent, sigmas = video_of(1), adapter.make_sigmas(model, 2, "trailing")
     patched, noise, _ = inverted(windowed, latent, 2)
     assert torch.isfinite(run(patched, noise, latent, sigmas)).all()
     patched, noise, _ = inverted(windowed, latent, 2, features=True)
     with pytest.raises(SpecError, match=r"expected the whole video \[5, 8, 12\] .*got a part of it, \[3, 8, 12"):
         run(patched, noise, latent, sigmas)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_freenoise_of_inverted_noise_is_refused(model, after):
+    """Context windows before or after the inversion. They may shuffle other noise."""
+    latent, sigmas = video_of(1), adapter.make_sigmas(model, 2, "trailing")
+    patched, noise, _ = inverted(model if after else with_windows(model, freenoise=True), latent, 2)
+    if after:
+        patched = with_windows(patched, freenoise=True)
+    with pytest.raises(SpecError, match=r"freenoise: expected it off.*got it on.*Turn freenoise off"):
+        run(patched, noise, latent, sigmas)
+    assert torch.isfinite(run(patched, RandomNoise(), latent, sigmas)).all()
 
 
 @pytest.mark.parametrize("sampler, schedule", [("cogvideox_ddim", "trailing"), ("euler", "normal"), ("dpm_2", "beta")])
