@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.model_management
 import comfy.model_sampling
 import comfy.patcher_extension
 import comfy.sample
@@ -23,6 +25,8 @@ from .reference import SCHEDULERS, ReferenceRun
 from .schedules import parse_timesteps, steps_after_strength, trailing_timesteps
 
 TRAILING = "trailing"
+GB = 1e9
+log = logging.getLogger("cogx")
 
 # At zero terminal SNR these would spend most steps above t = 967, where all is noise: they are computed from t = 980
 # and sigma_max is put in front.
@@ -236,6 +240,21 @@ class InversionSampler(comfy.samplers.Sampler):
         return x
 
 
+def _check_ram(values: int, steps: int) -> None:
+    """Refuse to keep more videos of so many values than RAM has room for: the clean one and that of each step.
+
+    Raises:
+        SpecError: they do not fit into the free RAM.
+    """
+    needed = (steps + 1) * values * torch.float32.itemsize
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    if needed > free:
+        raise SpecError(f"{steps} inversion steps: expected at most {free / GB:.1f} GB, the free RAM, to keep the "
+                        f"video of each step; got {needed / GB:.1f}. Use fewer steps, or a smaller or shorter video.")
+    if needed > GB:
+        log.info("CogVideoX Inversion: keeps %.1f GB in RAM, %.1f GB are free.", needed / GB, free / GB)
+
+
 def _kept(x: Tensor) -> Tensor:
     """A copy for after the run: in RAM, and no inference tensor, which training could not use."""
     with torch.inference_mode(False):
@@ -246,7 +265,7 @@ def invert(model: Any, positive: Any, latent: dict[str, Any], steps: int) -> Tra
     """The way of a LATENT's video to the noise that the trailing DDIM of ``steps`` makes it from, without guidance.
 
     Raises:
-        SpecError: another model, or an empty latent.
+        SpecError: another model, an empty latent, or more steps than RAM can keep.
     """
     import latent_preview
 
@@ -256,6 +275,9 @@ def invert(model: Any, positive: Any, latent: dict[str, Any], steps: int) -> Tra
         raise SpecError("latent_image is empty (all zeros): expected an encoded video, which inversion turns into "
                         "noise. Connect 'CogVideoX Video to Video' or 'VAE Encode'.")
     samples = comfy.sample.fix_empty_latent_channels(model, samples)
+    frames = samples.shape[2]
+    padding = spec.padding_frames(frames)
+    _check_ram(samples.numel() // frames * (frames + padding), steps)
     sampler = InversionSampler(InverseRun(spec.schedule, steps))
     guider = comfy.samplers.CFGGuider(_clone_without(model, INVERSION_KEY, *STEP_CACHES))
     guider.inner_set_conds({"positive": positive})
@@ -264,7 +286,7 @@ def invert(model: Any, positive: Any, latent: dict[str, Any], steps: int) -> Tra
     guider.sample(torch.zeros_like(samples), samples, sampler, sigmas,
                   callback=latent_preview.prepare_callback(model, steps),
                   disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=0)
-    return sampler.run.trajectory(sampler.videos, spec.padding_frames(samples.shape[2]))
+    return sampler.run.trajectory(sampler.videos, padding)
 
 
 def _clone_without(model: Any, *keys: str) -> Any:

@@ -396,6 +396,29 @@ def test_empty_latent_is_refused(model):
         inverted(model, {"samples": torch.zeros(SHAPE)}, 2)
 
 
+@pytest.mark.parametrize("model", ["5B", "1.5-5B"], indirect=True)
+def test_more_than_the_free_ram_is_refused(model, monkeypatch):
+    """Before the first step. The padding frame of 1.5 counts too."""
+    kept = (2 + 1) * padded(model, video_of(1)).numel() * 4
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: kept - 1)
+    with pytest.raises(SpecError, match=r"2 inversion steps: expected at most 0\.0 GB, the free RAM.*Use fewer steps"):
+        adapter.invert(model, prompts_of(model)[0], video_of(1), 2)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: kept)
+    adapter._check_ram(padded(model, video_of(1)).numel(), 2)
+
+
+def test_much_ram_is_logged(monkeypatch, caplog):
+    values = 16 * 22 * 96 * 170  # 1.5, 81 frames, 1360x768
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 8e9)
+    with caplog.at_level("INFO", logger="cogx"):
+        adapter._check_ram(values, 4)
+        assert not caplog.messages
+        adapter._check_ram(values, 50)
+    assert caplog.messages == ["CogVideoX Inversion: keeps 1.2 GB in RAM, 8.0 GB are free."]
+    with pytest.raises(SpecError, match=r"expected at most 8\.0 GB.*got 23\.0\. "):
+        adapter._check_ram(values, 1000)
+
+
 def test_latent_of_another_shape_is_refused(model):
     patched, noise, _ = inverted(model, video_of(1), 2, features=True)
     other, sigmas = video_of(1, (1, 16, 3, 8, 12)), adapter.make_sigmas(model, 2, "trailing")
