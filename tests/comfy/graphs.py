@@ -26,7 +26,7 @@ def text_to_video(pipeline: str, **sampler: Any) -> Graph:
 def image_to_video(pipeline: str, start: str | None = "cogx_start.jpg", end: str | None = None, **inputs: Any) -> Graph:
     """The shipped workflow on a tiny pipeline: 96x64 pixels, 17 frames, cogvideox_ddim, 10 steps; ``start`` and
     ``end`` are files in the server's input folder. Keyword arguments set the inputs of CogXImageToVideo."""
-    graph = _tiny("image_to_video_1.5" if pipeline.startswith("1.5") else "image_to_video", pipeline)
+    graph = _tiny("image_to_video_1.5" if "1.5" in pipeline else "image_to_video", pipeline)
     for name, node, file in (("start_image", "10", start), ("end_image", "11", end)):
         graph["4"]["inputs"].pop(name, None)
         if file is not None:
