@@ -458,8 +458,8 @@ def ensure_demo_pipelines(host: Host) -> None:
     wanted = digest([script, *parts])
     for name in DEMO_PIPELINES:
         def make(target: Path, name: str = name) -> None:
-            if not succeeds([sys.executable, script, "--pipeline", name, "--output", target], quiet=True):
-                raise SetupError(f"{name} could not be put together from {PACK / 'demo'}. Get the complete pack.")
+            if not succeeds([sys.executable, script, "--pipeline", name, "--output", target]):
+                raise SetupError(f"{name} could not be put together from {PACK / 'demo'}; the reason is above.")
 
         build(host, host.models / "diffusers" / name, wanted, make)
 

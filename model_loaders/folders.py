@@ -34,8 +34,12 @@ def _folders(name: str) -> list[Path]:
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
     if not parts or PurePosixPath(name).is_absolute() or any(p == ".." or ":" in p or "\\" in p for p in parts):
         return []
-    roots = [EMBEDDED.parent] if parts[0] == EMBEDDED.name else _pipeline_roots()
+    roots = [EMBEDDED.parent] if _means_embedded(parts[0]) else _pipeline_roots()
     return [folder for root in roots if _is_folder(folder := root.joinpath(*parts))]
+
+
+def _means_embedded(first_part: str) -> bool:
+    return first_part == EMBEDDED.name and (EMBEDDED / "model_index.json").is_file()
 
 
 def _is_folder(path: Path) -> bool:
@@ -67,8 +71,8 @@ def _is_cogvideox(folder: Path) -> bool:
 def pipeline_names() -> list[str]:
     """Every CogVideoX pipeline folder (one whose model_index.json says so); last the embedded one."""
     names = {name for root in _pipeline_roots() for name in _pipelines_below(root) if _is_cogvideox(root / name)}
-    own = [EMBEDDED.name] if (EMBEDDED / "model_index.json").is_file() else []
-    return sorted(names - {EMBEDDED.name}) + own
+    own = [EMBEDDED.name] if _means_embedded(EMBEDDED.name) else []
+    return sorted(name for name in names if not _means_embedded(name.split("/")[0])) + own
 
 
 def pipeline_path(name: str) -> Path:

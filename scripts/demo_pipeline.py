@@ -19,9 +19,11 @@ def assemble(name: str, target: Path, demo: Path = DEMO) -> Path:
     """Writes the complete pipeline folder ``name`` to ``target``, which must not exist; returns it."""
     if name not in (MAIN, *OTHERS):
         raise ValueError(f"{name!r} is no embedded pipeline; there are {', '.join((MAIN, *OTHERS))}")
-    shutil.copytree(demo / MAIN, target, ignore=shutil.ignore_patterns("transformer") if name != MAIN else None)
-    if name != MAIN:
-        shutil.copytree(demo / name, target, dirs_exist_ok=True)
+    for source in dict.fromkeys((demo / MAIN, demo / name)):
+        for file in sorted(each for each in source.rglob("*") if each.is_file()):
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)  # content only: the pack may be read-only, the copy must not be
     return target
 
 

@@ -18,7 +18,7 @@ from .clips import Scene
 # Backgrounds have a chroma (largest minus smallest channel) near 0, shapes one of 160 and more.
 CHROMA = 80
 MIN_AREA = 100  # pixels; the smallest shape has 314
-MIN_FRAMES = 14  # of 17 that must show a shape at all
+MIN_VISIBLE = 0.8  # share of the frames that must show a shape at all
 STILL_PIXELS, BOUNCE_PIXELS = 5.0, 10.0  # "still" moves less, "bounce" more; slow motions cover 9 to 13
 
 
@@ -103,7 +103,7 @@ def look(frames: np.ndarray) -> Seen:
     """What a video (uint8 [F, H, W, 3]) shows."""
     found = masks(frames)
     visible = found.sum((1, 2)) >= MIN_AREA
-    if visible.sum() < MIN_FRAMES:
+    if visible.mean() < MIN_VISIBLE:
         return Seen()
     track = np.array([_centroid(mask) for mask in found[visible]])
     return Seen(shape_of(found[visible]), colour_of(frames, found), motion_of(track))
@@ -117,8 +117,9 @@ def evaluate(generate: Callable[[Case], np.ndarray], cases: Sequence[Case], shuf
     seen = [look(generate(case)) for case in cases]
     wanted = [case.scene for case in cases]
     if shuffled:
-        order = np.random.default_rng(0).permutation(len(wanted))
-        wanted = [wanted[index] for index in order]
+        order = [int(index) for index in np.random.default_rng(0).permutation(len(wanted))]
+        other = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle: nobody keeps its own
+        wanted = [wanted[other[index]] for index in range(len(wanted))]
     share = {name: float(np.mean([getattr(a, name) == getattr(b, name) for a, b in zip(seen, wanted, strict=True)]))
              for name in ("shape", "colour", "motion")}
     return Scores(**share, count=len(cases))
@@ -139,7 +140,8 @@ def training_cases() -> list[Case]:
 
 
 def image_cases() -> list[Case]:
-    """The 48 held-out scenes, slow, with first frames from which every motion is possible: they give nothing away."""
+    """The 48 held-out scenes, slow, with first frames that have room for a slow motion in any direction, so that they
+    give nothing away. (For a bounce of the trained height some have too little: it must be a lower one.)"""
     rng = np.random.default_rng(4)
     scenes = [replace(scene, speed="slow") for scene in clips.held_out_scenes()]
     return [replace(case, image=clips.first_frame(case.scene, rng)) for case in _cases(scenes, seed=4)]

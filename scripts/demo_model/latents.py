@@ -97,8 +97,9 @@ def prepare(work: Path, vae: Any, only: range | None = None) -> None:
 
 def load(work: Path) -> Clips:
     paths = sorted((work / "latents").glob("*.pt"))
-    if not paths:
-        raise FileNotFoundError(f"no encoded clips in {work / 'latents'}: run the stage 'latents' first")
+    if len(paths) != SHARDS:
+        raise RuntimeError(f"{len(paths)} of {SHARDS} parts of the encoded clips are in {work / 'latents'}: run the "
+                           "stage 'latents' to its end first")
     shards = [read(path) for path in paths]
     joined = {name: torch.cat([shard[name] for shard in shards]) for name in ("latents", "shape", "images")}
     return Clips(**joined, scenes=[scene for path in paths for scene in _scenes(int(path.stem))[0]])

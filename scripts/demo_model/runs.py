@@ -36,6 +36,19 @@ def read(path: Path) -> Any:
     return torch.load(path, map_location=DEVICE, weights_only=True)
 
 
+def finished(work: Path, stage: str, steps: int) -> dict[str, Any]:
+    """The checkpoint of a stage that is done.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    path = work / f"{stage}.pt"
+    state = read(path) if path.exists() else {"step": 0}
+    if state["step"] != steps:
+        raise RuntimeError(f"{stage} is at step {state['step']} of {steps}: run the stage '{stage}' to its end first")
+    return state
+
+
 class Run:
     """One stage in the work folder: its log and its checkpoint."""
 

@@ -15,7 +15,7 @@ from torch import nn
 from . import clips
 from .clips import ATTRIBUTES, Scene
 from .networks import TEXT_DIM, TEXT_TOKENS, make_text_encoder
-from .runs import DEVICE, Run, linear_decay, numpy_generator, read
+from .runs import DEVICE, Run, finished, linear_decay, numpy_generator
 
 STEPS = 1500
 BATCH = 256
@@ -73,8 +73,10 @@ def accuracy(encoder: Any, readers: Readers, tokenizer: Any) -> float:
 
 
 def train(work: Path, tokenizer: Any, steps: int = STEPS) -> None:
-    """Trains to ``work/text.pt``; quick enough to begin anew if it is cut off."""
+    """Trains to ``work/text.pt``; quick enough to begin anew if it is cut off, and left alone when it is done."""
     run = Run(work, "text")
+    if (run.resume() or {}).get("step") == steps:
+        return
     torch.manual_seed(SEED)
     encoder, readers = make_text_encoder().to(DEVICE), Readers().to(DEVICE)
     parameters = [*encoder.parameters(), *readers.parameters()]
@@ -104,5 +106,5 @@ def train(work: Path, tokenizer: Any, steps: int = STEPS) -> None:
 
 def load(work: Path) -> Any:
     encoder = make_text_encoder()
-    encoder.load_state_dict(read(work / "text.pt")["network"])
+    encoder.load_state_dict(finished(work, "text", STEPS)["network"])
     return encoder.to(DEVICE).eval().requires_grad_(False)

@@ -13,7 +13,7 @@ import torch
 from . import clips, evaluate, latents, train_text, train_vae
 from .latents import Clips
 from .networks import SCALING_FACTOR, VARIANTS, Variant, make_scheduler, make_transformer, positions
-from .runs import DEVICE, Average, Run, linear_decay, numpy_generator, read, torch_generator
+from .runs import DEVICE, Average, Run, finished, linear_decay, numpy_generator, torch_generator
 from .sampling import condition, embed, generator_of, ofs
 
 BATCH = 32
@@ -36,7 +36,7 @@ def make(variant: Variant, work: Path) -> Any:
     torch.nn.init.zeros_(transformer.proj_out.weight)
     torch.nn.init.zeros_(transformer.proj_out.bias)
     if variant.start:
-        trained = read(work / f"{variant.start}.pt")["average"]
+        trained = finished(work, variant.start, VARIANTS[variant.start].steps)["average"]
         own = transformer.state_dict()
         kept = {name: value for name, value in trained.items() if name in own and value.shape == own[name].shape}
         transformer.load_state_dict(kept, strict=False)
@@ -90,7 +90,8 @@ class Batches:
         return {"text": self.text(rng, chosen), **{name: value.to(DEVICE) for name, value in made.items()}}
 
 
-def _plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+def _plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+    assert not any(options.values()), options  # no mask, no dropout, not causal
     query, key, value = (each.to(torch.bfloat16) for each in (query, key, value))
     return torch.softmax(query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2), -1) @ value
 
@@ -183,9 +184,7 @@ def load(work: Path, name: str) -> Any:
     Raises:
         RuntimeError: the training is not done yet.
     """
-    state = read(work / f"{name}.pt")
-    if state["step"] != VARIANTS[name].steps:
-        raise RuntimeError(f"{name} is at step {state['step']} of {VARIANTS[name].steps}: train on before exporting")
+    state = finished(work, name, VARIANTS[name].steps)
     transformer = make_transformer(VARIANTS[name])
     transformer.load_state_dict(state["average"])
     return transformer.eval()

@@ -10,7 +10,7 @@ import torch
 
 from . import clips
 from .networks import SCALING_FACTOR, make_vae
-from .runs import DEVICE, Run, linear_decay, numpy_generator, read, torch_generator
+from .runs import DEVICE, Run, finished, linear_decay, numpy_generator, torch_generator
 
 STEPS = 2400
 WHOLE_FROM = 0.6  # of the steps
@@ -172,5 +172,5 @@ def train(work: Path, steps: int = STEPS) -> None:
 
 def load(work: Path) -> Any:
     vae = make_vae().to(DEVICE)
-    vae.load_state_dict(read(work / "vae.pt")["network"])
+    vae.load_state_dict(finished(work, "vae", STEPS)["network"])
     return vae.eval().requires_grad_(False)

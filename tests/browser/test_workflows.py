@@ -262,7 +262,7 @@ def test_template_browser_shows_workflows_and_pictures(server: ComfyServer, open
     dialog = page.get_by_role("dialog")
     dialog.get_by_text(PACK, exact=True).first.click()
     for name in NAMES:
-        dialog.get_by_text(name, exact=True).wait_for(state="visible", timeout=10_000)
+        dialog.get_by_role("heading", name=name, exact=True).wait_for(state="visible", timeout=10_000)
     page.wait_for_function("count => [...document.querySelectorAll('[role=dialog] img')]"
                            ".filter(image => image.naturalWidth === 512).length === count", arg=len(NAMES),
                            timeout=10_000)

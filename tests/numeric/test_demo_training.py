@@ -30,12 +30,14 @@ def prepared(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work folder with an untrained VAE, a hardly trained text encoder and a few encoded clips."""
     work = tmp_path_factory.mktemp("work")
     torch.manual_seed(0)
-    runs.write(work / "vae.pt", {"network": networks.make_vae().state_dict()})
+    runs.write(work / "vae.pt", {"network": networks.make_vae().state_dict(), "step": train_vae.STEPS})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_text, "BATCH", 16)
+        patch.setattr(train_text, "STEPS", 2)
         patch.setattr(latents, "SHARD_CLIPS", 8)
+        patch.setattr(latents, "SHARDS", 1)
         train_text.train(work, tokenizer, steps=2)
-        latents.prepare(work, train_vae.load(work), range(1))
+        latents.prepare(work, train_vae.load(work))
         yield work
 
 
@@ -56,8 +58,10 @@ def states(work: Path, name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_a_transformer_run_that_was_cut_off_goes_on_bit_for_bit(prepared, tokenizer, monkeypatch, name):
-    if VARIANTS[name].start:
-        train_transformer.train(prepared, VARIANTS[name].start, tokenizer, steps=1)
+    start = VARIANTS[name].start
+    if start:
+        average = runs.Average(networks.make_transformer(VARIANTS[start]), 0.9)
+        runs.write(prepared / f"{start}.pt", {"step": VARIANTS[start].steps, "average": average.weights})
     train_transformer.train(prepared, name, tokenizer, steps=4)
     whole = states(prepared, name)
     (prepared / f"{name}.pt").unlink()
@@ -166,11 +170,25 @@ def test_positions_are_those_of_diffusers_pipelines():
             assert torch.equal(ours, theirs)
 
 
-def test_an_unfinished_training_is_not_exported(prepared, tokenizer):
+def test_nothing_is_built_on_what_is_not_finished(prepared, tokenizer, tmp_path, monkeypatch):
     (prepared / "5B.pt").unlink(missing_ok=True)
     train_transformer.train(prepared, "5B", tokenizer, steps=1)
-    with pytest.raises(RuntimeError, match=r"at step 1 of \d+"):
+    with pytest.raises(RuntimeError, match=r"5B is at step 1 of \d+"):
         train_transformer.load(prepared, "5B")
+    with pytest.raises(RuntimeError, match=r"5B-I2V is at step 0 of \d+"):
+        train_transformer.make(VARIANTS["1.5-5B-I2V"], tmp_path)
+    monkeypatch.setattr(latents, "SHARDS", 2)
+    with pytest.raises(RuntimeError, match="1 of 2 parts"):
+        latents.load(prepared)
+    for load in (train_vae.load, train_text.load):
+        with pytest.raises(RuntimeError, match="is at step 0 of"):
+            load(tmp_path)
+
+
+def test_a_text_encoder_that_is_done_is_left_alone(prepared, tokenizer):
+    before = (prepared / "text.pt").read_bytes()
+    train_text.train(prepared, tokenizer, steps=2)
+    assert (prepared / "text.pt").read_bytes() == before
 
 
 def test_dropped_prompts_are_empty_or_zero(prepared, tokenizer, monkeypatch):
@@ -187,9 +205,16 @@ def test_dropped_prompts_are_empty_or_zero(prepared, tokenizer, monkeypatch):
 
 def test_scores_judges_the_averaged_network(prepared, tokenizer, monkeypatch):
     monkeypatch.undo()
+    monkeypatch.setattr(train_text, "STEPS", 2)
     cases = evaluate.image_cases()[:2]
     monkeypatch.setattr(evaluate, "image_cases", lambda: cases)
+    judged = []
+    true = {case.seed: clips.render(case.scene, np.random.default_rng(0))[0] for case in cases}
+    monkeypatch.setattr(train_transformer, "generator_of",
+                        lambda variant, networks, cases: judged.append(networks) or (lambda case: true[case.seed]))
     variant = VARIANTS["5B-I2V"]
     average = runs.Average(networks.make_transformer(variant), 0.9)
     (values,) = train_transformer.scores(prepared, variant, average, tokenizer)
-    assert {"shape", "colour", "motion", "first_frame_psnr"} <= values.keys()
+    assert (values["shape"], values["colour"], values["motion"]) == (1.0, 1.0, 1.0)
+    weights = dict(judged[0]["transformer"].named_parameters())
+    assert all(torch.equal(weights[name], value) for name, value in average.weights.items())
