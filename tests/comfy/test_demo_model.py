@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from cogx.tests.comfy.demo import (
     GUIDANCE,
     STEPS,
     TEXT_TOKENS,
-    first_frame_psnr,
     noise_of,
     pictures,
     remembered,
@@ -56,14 +54,6 @@ def through_diffusers() -> Callable[[Case], np.ndarray]:
     return remembered(generate)
 
 
-@pytest.fixture(scope="module")
-def image_pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
-    for name in demo_pipeline.OTHERS:
-        demo_pipeline.assemble(name, folder / name)
-    return folder
-
-
 def check(scores: Scores) -> None:
     assert scores.count == 48
     assert scores.colour >= 0.95 and scores.motion >= 0.95 and scores.shape >= 0.85, str(scores)
@@ -78,7 +68,8 @@ def test_held_out_combinations_through_comfyui(through_comfyui, record_property)
 
 def test_videos_judged_by_other_prompts_are_at_chance(through_comfyui):
     control = evaluate.evaluate(through_comfyui, evaluate.held_out_cases(), shuffled=True)
-    assert control.colour < 0.4 and control.motion < 0.35 and control.shape < 0.6, str(control)
+    # Chance is a sixth, an eighth and a third of 48; four standard deviations above it.
+    assert control.colour < 0.38 and control.motion < 0.32 and control.shape < 0.6, str(control)
 
 
 def test_diffusers_reads_the_folder_and_scores_the_same(through_comfyui, through_diffusers):
@@ -90,34 +81,6 @@ def test_diffusers_reads_the_folder_and_scores_the_same(through_comfyui, through
     ours, theirs = (evaluate.evaluate(generate, cases) for generate in (through_comfyui, through_diffusers))
     for name in ("colour", "motion", "shape"):
         assert abs(getattr(ours, name) - getattr(theirs, name)) <= 0.03, f"{ours}; diffusers: {theirs}"
-
-
-def image_to_video(folder: Path) -> Callable[[Case], np.ndarray]:
-    """diffusers' pipeline, with ComfyUI's noise and the clean image (its generator draws a posterior sample)."""
-    from diffusers import CogVideoXImageToVideoPipeline
-
-    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-
-    def generate(case: Case) -> np.ndarray:
-        assert case.image is not None
-        image = torch.from_numpy(case.image).permute(2, 0, 1)[None].float() / 255  # hwc -> bchw
-        video = pipeline(image, case.prompt, "", height=64, width=96, num_frames=17, num_inference_steps=STEPS,
-                         guidance_scale=GUIDANCE, latents=noise_of(case.seed), max_sequence_length=TEXT_TOKENS,
-                         generator=torch.Generator().manual_seed(case.seed), output_type="np").frames[0]
-        return (video * 255).round().astype(np.uint8)
-
-    return remembered(generate)
-
-
-def test_image_to_video_through_diffusers(image_pipelines):
-    """The first frame is the image, and the motion is the prompt's, though the image gives no motion away."""
-    cases = evaluate.image_cases()
-    generate = image_to_video(image_pipelines / "CogX-Demo-I2V")
-    scores = evaluate.evaluate(generate, cases)
-    assert first_frame_psnr(generate, cases) >= 25.0
-    assert scores.motion >= 0.9, str(scores)
-    assert evaluate.evaluate(generate, cases, shuffled=True).motion < 0.35
 
 
 def test_the_vae_reconstructs_held_out_clips():
@@ -148,3 +111,20 @@ def test_the_embedded_model_is_listed_last_and_its_name_means_no_other(server, t
     finally:
         (shadow / "model_index.json").unlink()
         shadow.rmdir()
+
+
+def test_a_folder_below_that_name_breaks_no_list(server, tiny_pipelines):
+    """It is not listed, because its name would mean another folder; the loaders' lists stay whole."""
+    nested = tiny_pipelines / DEMO / "mine"
+    nested.mkdir(parents=True)
+    try:
+        (nested / "model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}', encoding="utf-8")
+        for node, name in (("CogXLoadModel", "checkpoint"), ("CogXLoadVAE", "vae")):
+            choices = server.get(f"/object_info/{node}")[node]["input"]["required"][name]
+            names = choices[1]["options"] if choices[0] == "COMBO" else choices[0]
+            assert f"{DEMO}/{'transformer' if name == 'checkpoint' else name}" in names
+            assert not [each for each in names if "mine" in each]
+    finally:
+        (nested / "model_index.json").unlink()
+        nested.rmdir()
+        nested.parent.rmdir()
