@@ -68,6 +68,11 @@ class LiveMemory(TorchDispatchMode):
                 self._count(tensor, func)
         return out
 
+    def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor that stands for host memory, whatever device it is on: it is not counted."""
+        with torch._C._DisableTorchDispatch():
+            return torch.empty(shape, dtype=dtype, device="meta")
+
     def _count(self, tensor: Tensor, func: Any) -> None:
         storage, key = tensor.untyped_storage(), _key(tensor)
         if key in self._alive or storage.nbytes() == 0:

@@ -6,7 +6,9 @@ import comfy.ops
 import pytest
 import torch
 from cogx.model_loaders.detect import vae_from_config, vae_from_shapes
-from cogx.models.cogvideox.vae import CogVideoXVAENetwork, blend_tiles, chunk_bounds, tile_starts
+from cogx.models.cogvideox.tiles import blend_tiles, tile_starts
+from cogx.models.cogvideox.vae import CogVideoXVAENetwork
+from cogx.models.cogvideox.vae_plan import chunk_bounds
 from cogx.scripts.tiny_pipeline import tiny_vae
 
 
