@@ -131,7 +131,7 @@ def attend_to_reference(attention: Callable[..., Tensor], q: Tensor, k: Tensor, 
     """
     q_video, q_reference = q.chunk(2)
     k_reference, v_reference = k.chunk(2)[1], v.chunk(2)[1]
-    # Tokens of both halves in one row: the first half's own keys, then its reference's.
-    k_both, v_both = (torch.cat(t.chunk(2), dim=1) for t in (k, v))
-    video = attention(q_video, k_both, v_both, *args, **kwargs)
+    # Tokens of both halves in one row: the first half's own keys, then its reference's. Not named: they are as large as
+    # k and v, and gone before the second call.
+    video = attention(q_video, *(torch.cat(t.chunk(2), dim=1) for t in (k, v)), *args, **kwargs)
     return torch.cat([video, attention(q_reference, k_reference, v_reference, *args, **kwargs)])

@@ -10,6 +10,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_sampling
+import comfy.quant_ops
 import comfy.supported_models_base
 import torch
 from torch import Tensor
@@ -32,9 +33,12 @@ RGB_FACTORS = [
 
 OFS = 2.0  # the one value that 1.5 image to video was trained with
 
-# Live values per token at the widest point of a block, in units of hidden_size: three copies of the residual stream,
-# the normalised joint sequence, the MLP's inner values and its output. tests/comfy/test_memory.py measures it.
-LIVE_VALUES_PER_TOKEN = 9.0
+# Live values per token at the widest point of a block, in units of hidden_size: two copies of the residual stream, the
+# MLP's inner values, and its input or output. tests/comfy/test_memory.py measures it.
+LIVE_VALUES_PER_TOKEN = 7.0
+# The same while RoPE turns the keys, where ComfyUI has no kernel for it: the residual stream, the normalised sequence,
+# queries, keys and the result in the model's dtype, and two of them in fp32.
+LIVE_VALUES_IN_PLAIN_ROPE, FP32_VALUES_IN_PLAIN_ROPE = 5.0, 2.0
 
 
 class CogVideoXLatent(comfy.latent_formats.LatentFormat):
@@ -141,5 +145,17 @@ class CogVideoXModel(comfy.model_base.BaseModel):
         patch = network.temporal_patch * network.patch_size**2
         tokens = math.prod(input_shape[2:]) / patch + self.spec.text_tokens
         value = comfy.model_management.dtype_size(self.get_dtype_inference())
-        rope = 4 * 2 * network.attention_head_dim if network.use_rotary_positional_embeddings else 0
-        return input_shape[0] * tokens * LIVE_VALUES_PER_TOKEN * network.hidden_size * value + tokens * rope
+        per_token, rope = LIVE_VALUES_PER_TOKEN * value, 0
+        if network.use_rotary_positional_embeddings:
+            rope = 4 * 2 * network.attention_head_dim
+            if not has_rope_kernel():
+                plain = LIVE_VALUES_IN_PLAIN_ROPE * value + FP32_VALUES_IN_PLAIN_ROPE * torch.float32.itemsize
+                per_token = max(per_token, plain)
+        return input_shape[0] * tokens * per_token * network.hidden_size + tokens * rope
+
+
+def has_rope_kernel() -> bool:
+    """Whether ComfyUI turns queries and keys with one kernel: with a torch for CUDA 13, so far."""
+    backends = comfy.quant_ops.ck.list_backends()
+    return any(backend["available"] and not backend["disabled"] and "apply_rope1" in backend["capabilities"]
+               for name, backend in backends.items() if name != "eager")

@@ -150,10 +150,13 @@ class FeedForward(nn.Module):
         up.proj = operations.Linear(dim, 4 * dim, **factory)
         self.net = nn.ModuleList([up, nn.Identity(), operations.Linear(4 * dim, dim, **factory)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def up(self, x: Tensor) -> Tensor:
+        """The inner values, [B, tokens, 4 D]."""
         x = self.net[0].proj(x)
         # In place where nothing trains: the inner values are the largest tensor of a block, and the peak was here.
-        x = F.gelu(x, approximate="tanh") if x.requires_grad else torch.ops.aten.gelu_(x, approximate="tanh")
+        return F.gelu(x, approximate="tanh") if x.requires_grad else torch.ops.aten.gelu_(x, approximate="tanh")
+
+    def down(self, x: Tensor) -> Tensor:
         return self.net[2](x)
 
 
@@ -173,7 +176,8 @@ class Block(nn.Module):
         image = torch.addcmul(image, gate, joint[:, tokens:])
         text = torch.addcmul(text, text_gate, joint[:, :tokens])
         joint, gate, text_gate = self.norm2(image, text, vec)
-        joint = self.ff(joint)
+        joint = self.ff.up(joint)  # in two steps: the normalised sequence is gone before the output is made
+        joint = self.ff.down(joint)
         return torch.addcmul(image, gate, joint[:, tokens:]), torch.addcmul(text, text_gate, joint[:, :tokens])
 
 
@@ -232,11 +236,10 @@ class CogVideoXTransformer(nn.Module):
             x = self._padded(x, padding)
         grid = self._grid(x)
         vec = self._time_vector(timestep, ofs, x.dtype)
-        text, image = self.patch_embed(x, context, grid)
         pe = None
         if self.spec.use_rotary_positional_embeddings:
-            pe = rope_matrices(self.spec, rope_grid(self.spec, grid, x.device), text.shape[1])
-        image = self._run_blocks(x, image, text, vec, pe, transformer_options)
+            pe = rope_matrices(self.spec, rope_grid(self.spec, grid, x.device), context.shape[1])
+        image = self._run_blocks(x, context, grid, vec, pe, transformer_options)
         image = self.proj_out(self.norm_out(self.norm_final(image), vec))
         return self._unpatchify(image, grid)[:, :, padding:]
 
@@ -272,8 +275,10 @@ class CogVideoXTransformer(nn.Module):
             vec = vec + self.ofs_embedding(embed(ofs, spec.ofs_embed_dim))
         return vec
 
-    def _run_blocks(self, x: Tensor, image: Tensor, text: Tensor, vec: Tensor, pe: Tensor | None,
+    def _run_blocks(self, x: Tensor, context: Tensor, grid: Grid, vec: Tensor, pe: Tensor | None,
                     transformer_options: dict[str, Any]) -> Tensor:
+        """Video tokens after the last block: [B, tokens, D]."""
+        text, image = self.patch_embed(x, context, grid)  # here, so that no caller holds them through all blocks
         replace = transformer_options.get("patches_replace", {}).get("dit", {})
         block_patches = transformer_options.get("patches", {}).get("double_block", ())
         transformer_options["total_blocks"] = len(self.transformer_blocks)
