@@ -20,6 +20,7 @@ import comfy.text_encoders.t5
 import comfy.utils
 import torch
 
+from ..models.cogvideox.apply_model import apply_model, with_ladder
 from ..models.cogvideox.base_model import CogVideoXConfig
 from ..models.cogvideox.outer_sample import outer_sample
 from ..models.cogvideox.transformer import CogVideoXTransformer
@@ -200,7 +201,10 @@ def load_model(path: str, weight_dtype: str = "auto", quantization: str = "none"
         model.to(offload_device)
     patcher = _patcher_class(disable_dynamic)(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights(component.state_dict(), assign=patcher.is_dynamic())
-    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, WRAPPER_KEY, outer_sample)
+    kinds = comfy.patcher_extension.WrappersMP
+    for kind, wrapper in ((kinds.OUTER_SAMPLE, with_ladder), (kinds.OUTER_SAMPLE, outer_sample),
+                          (kinds.APPLY_MODEL, apply_model)):
+        patcher.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper)
     patcher.cached_patcher_init = (load_model, (path, weight_dtype, quantization, variant))
     log.info("Loaded %s: CogVideoX %s, %s", path, spec.name, str(dtype).removeprefix("torch."))
     return patcher

@@ -18,6 +18,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..models.cogvideox.apply_model import LADDER_KEY, VIDEO_KEY
 from ..models.specs import ModelSpec, SpecError
 from .guidance import dynamic_guidance
 from .inversion import InverseRun, Trajectory, attend_to_reference, check_same_shape
@@ -325,6 +326,7 @@ def _begin_on(trajectory: Trajectory, features: bool, executor: Any, noise: Tens
     if features:
         frames = latent_image.shape[2] - trajectory.padding
         check_same_shape((*latent_image.shape[:2], frames, *latent_image.shape[3:]), trajectory.visible_shape)
+        executor.class_obj.model_options["transformer_options"][LADDER_KEY].copies = 2
     if torch.equal(noise.cpu(), trajectory.noise):
         if getattr(executor.class_obj.model_options.get("context_handler"), "freenoise", False):
             raise SpecError("freenoise: expected it off, as the inverted noise belongs to its own frames; got it on, "
@@ -342,6 +344,8 @@ def _forward_beside(trajectory: Trajectory, executor: Any, x: Tensor, timestep: 
         SpecError: the network is given a part of the video.
     """
     reference = trajectory.at(round(float(timestep[0]))).to(x)
+    if VIDEO_KEY in options:  # memory is short, and the videos of the batch run one by one
+        reference = reference[options[VIDEO_KEY]:][:1]
     if x.shape[2:] != reference.shape[2:]:
         raise SpecError(f"features: expected the whole video {list(reference.shape[2:])} (frames, rows, columns) at "
                         f"once, got a part of it, {list(x.shape[2:])}. Remove context windows and areas, or turn "
