@@ -86,10 +86,13 @@ def with_limit(model: Any, rows: int, failures: int = 10**6) -> tuple[Any, list[
     return before_each_forward(model, check), seen
 
 
-def run(model: Any, sampler: str = "cogvideox_ddim", count: int = 2, steps: int = 3, cfg: float = 6.0) -> Tensor:
+def run(model: Any, sampler: str = "cogvideox_ddim", count: int = 2, steps: int = 3, cfg: float = 6.0,
+        hooks: Any = None) -> Tensor:
     spec, noise = model.model.spec, noise_of(1, count=count)
     condition = condition_latent(5, noise_of(2, 1, count), None) if spec.takes_image else None
     positive, negative = conditionings(model, condition)
+    if hooks is not None:
+        positive[0][1]["hooks"] = hooks
     if sampler in adapter.SCHEDULERS:
         sigmas = adapter.make_sigmas(model, steps, "trailing")
         return comfy.sample.sample_custom(model, noise, cfg, adapter.sampler_object(sampler), sigmas, positive,
@@ -163,6 +166,24 @@ def test_weights_leave_by_halves(load_tiny, rungs, error):
         "stream N", "stream N"]
     assert seen[-1] <= 0.3 and seen[-1] == seen[-6]
     assert error(run(model, count=1), expected) == 0
+
+
+def test_weights_leave_under_a_hook(load_tiny, error):
+    """A LoRA that belongs to one prompt is on again after its weights were moved, beside one of the whole model."""
+    import comfy.hooks
+
+    model = load_tiny("5B")
+    assert model.add_patches({"diffusion_model.proj_out.weight": ("diff", (torch.full((64, 64), 0.1),))})
+    generator = torch.Generator().manual_seed(0)
+    name = "diffusion_model.transformer_blocks.0.attn1.to_q"
+    weights = {f"{name}.lora_{part}.weight": torch.randn(*shape, generator=generator)
+               for part, shape in (("up", (64, 4)), ("down", (4, 64)))}
+    hooks = comfy.hooks.create_hook_lora(weights, 1.0, 0.0)
+    expected, plain = run(model, count=1, hooks=hooks), run(model, count=1)
+    assert error(expected, plain) > 1e-3, "the hook did nothing"
+    limited, seen = with_weights_limit(model, 0.6)
+    assert error(run(limited, count=1, hooks=hooks), expected) <= SAME
+    assert seen[0] == 1.0 and seen[-1] <= 0.6
 
 
 def test_the_end_says_what_was_tried_and_what_would_fit(load_tiny, monkeypatch):

@@ -5,14 +5,23 @@ tests/comfy/test_memory.py compares them with an account of tensors; only here t
 
 from __future__ import annotations
 
+import gc
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import comfy.model_management
+import comfy.sample
 import pytest
 import torch
+from cogx.model_loaders.load import load_model
 from cogx.model_loaders.vae import CogVideoXVAE
 from cogx.models.cogvideox.base_model import CogVideoXConfig
 from cogx.models.specs import PUBLISHED, VAESpec
+from cogx.tests.gpu.references import relative_error
 
 BF16 = torch.bfloat16
 TRANSFORMER_BOUND = 1.15
@@ -88,3 +97,46 @@ def test_vae(which: str, device: torch.device) -> None:
             del chunk
 
     check(allocated_by(run, device), estimate, VAE_BOUND)
+
+
+@contextmanager
+def capped(reserved: float, device: torch.device) -> Iterator[None]:
+    """torch's allocator runs out of memory beyond so many bytes."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(reserved / total, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def test_sampling_in_less_than_a_forward_needs(tiny_pipelines: Path, device: torch.device,
+                                               caplog: pytest.LogCaptureFixture) -> None:
+    """A real out-of-memory error: the halves of guidance run in turn, and the video is the same; then the end, in
+    words. Tiny weights and a native clip, so that the activations are what there is."""
+    caplog.set_level(logging.WARNING, "cogx")
+    model = load_model(str(tiny_pipelines / "5B" / "transformer"), "fp32")
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 16, 13, 60, 90, generator=generator)
+    positive, negative = ([[text, {}]] for text in torch.randn(2, 1, 226, 32, generator=generator))
+
+    def run() -> torch.Tensor:
+        return comfy.sample.sample(model, noise, 2, 6.0, "euler", "simple", positive, negative,
+                                   torch.zeros_like(noise), disable_pbar=True, seed=1)
+
+    run()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    expected = run()
+    peak = torch.cuda.max_memory_reserved(device) - before
+    assert not caplog.messages
+    with capped(before + 0.75 * peak, device):
+        found = run()
+    assert [line.split(": ")[1] for line in caplog.messages] == [
+        "free other models and the cache, and try again.", "run the conditions of guidance in turn, and try again."]
+    assert relative_error(found, expected) <= 1e-3
+    with capped(before + 0.1 * peak, device), pytest.raises(torch.OutOfMemoryError, match="this would fit"):
+        run()

@@ -71,6 +71,35 @@ def test_attention_on_meta_has_no_matrix_of_scores() -> None:
     assert out.is_contiguous()
 
 
+def test_parts_and_copies_to_the_host() -> None:
+    """Parts of a tensor are views of it, whichever of them is left; a copy to the CPU takes no memory of the device."""
+    x = ones(12, "meta")
+    with accounting() as memory:
+        first, *rest = (x + 1).chunk(3)
+        host = first.cpu()
+        assert memory.live == 12 * KIB + host.untyped_storage().nbytes() <= 12 * KIB + 4
+        del first, host, rest[0]
+        assert memory.live == 12 * KIB
+        rest.clear()
+        assert memory.live == 0
+
+
+def test_what_an_error_holds_is_counted_until_it_is_gone() -> None:
+    def fail() -> None:
+        kept = ones(8) + 1
+        raise ValueError(kept.shape)
+
+    with accounting() as memory:
+        try:
+            fail()
+        except ValueError as error:
+            assert memory.live == 8 * KIB and error is not None
+        assert memory.live == 0
+    with accounting() as again:
+        ones(4)
+    assert again.peak == 4 * KIB
+
+
 def test_the_peak_says_where() -> None:
     with LiveMemory() as memory:
         kept = torch.zeros(KIB) + torch.zeros(KIB)
