@@ -207,7 +207,7 @@ def _stream(model: Any) -> str | None:
     loaded, total = patcher.loaded_size(), patcher.model_size()
     keep = loaded // 2 if loaded > total / 8 else 0
     hooks = patcher.current_hooks
-    patcher.partially_unload(patcher.offload_device, loaded - keep)
+    patcher.partially_unload(torch.device("cpu"), loaded - keep)  # with --highvram the offload device is the GPU
     if hooks is not None:
         patcher.apply_hooks(hooks, force_apply=True)  # unloading took their changes off the weights
     streamed = total - patcher.loaded_size()
