@@ -37,6 +37,7 @@ from .files import (
     read_json,
     weight_files,
 )
+from .recovery import save_outer_sample
 from .text_encoder import make_clip, network_config
 from .vae import CogVideoXVAE
 
@@ -44,7 +45,7 @@ log = logging.getLogger("cogx")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-WRAPPER_KEY = "cogx"
+WRAPPER_KEY, RECOVERY_KEY = "cogx", "cogx_recovery"
 
 SpecT = TypeVar("SpecT", ModelSpec, TextSpec, VAESpec)
 ValueT = TypeVar("ValueT")
@@ -202,9 +203,12 @@ def load_model(path: str, weight_dtype: str = "auto", quantization: str = "none"
     patcher = _patcher_class(disable_dynamic)(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights(component.state_dict(), assign=patcher.is_dynamic())
     kinds = comfy.patcher_extension.WrappersMP
-    for kind, wrapper in ((kinds.OUTER_SAMPLE, with_ladder), (kinds.OUTER_SAMPLE, outer_sample),
-                          (kinds.APPLY_MODEL, apply_model)):
-        patcher.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper)
+    # The first is the outermost: what is saved is what nodes get, padding frames and inverted noise dealt with.
+    for kind, key, wrapper in ((kinds.OUTER_SAMPLE, RECOVERY_KEY, save_outer_sample),
+                               (kinds.OUTER_SAMPLE, WRAPPER_KEY, with_ladder),
+                               (kinds.OUTER_SAMPLE, WRAPPER_KEY, outer_sample),
+                               (kinds.APPLY_MODEL, WRAPPER_KEY, apply_model)):
+        patcher.add_wrapper_with_key(kind, key, wrapper)
     patcher.cached_patcher_init = (load_model, (path, weight_dtype, quantization, variant))
     log.info("Loaded %s: CogVideoX %s, %s", path, spec.name, str(dtype).removeprefix("torch."))
     return patcher

@@ -25,6 +25,7 @@ from ..models.cogvideox.vae import (
     tile_starts,
 )
 from ..models.specs import SpecError, VAESpec
+from .recovery import naming_saved_latent
 
 log = logging.getLogger("cogx")
 
@@ -98,6 +99,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         """Exact: [B, 16, T, h, w] -> [B, frames, H, W, 3]. Core's VAEDecode comes this way."""
         return self.decode_video(samples_in, tiling="auto")
 
+    @naming_saved_latent
     @_on_own_device
     def decode_video(self, samples: Tensor, tiling: str = "auto", tile: tuple[int, int] = DEFAULT_TILE,
                      overlap: int = DEFAULT_OVERLAP) -> Tensor:
@@ -185,6 +187,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         videos = [blend_tiles(z, tile, overlap, self.spec.spatial_ratio, run) for z in samples.split(1)]
         return self._to_frames(torch.cat(videos))
 
+    @naming_saved_latent
     @_on_own_device
     def decode_tiled(self, samples: Tensor, tile_x: int | None = None, tile_y: int | None = None,
                      overlap: int | None = None, tile_t: int | None = None, overlap_t: int | None = None) -> Tensor:

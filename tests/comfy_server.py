@@ -93,6 +93,12 @@ class ComfyServer:
                 self._process.kill()
                 self._process.wait()
 
+    def kill(self) -> None:
+        """Without a warning, as the system's out-of-memory killer does."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None and bool(self.get("/system_stats"))
 

@@ -17,8 +17,9 @@ ALLOWED = {"nodes": {"nodes", "model_loaders", "samplers", "models"}, "model_loa
 # Pure files test without ComfyUI and without a GPU.
 PURE = {"models/specs.py", "models/noise_schedule.py", "models/cogvideox/positions.py",
         "models/cogvideox/image_condition.py", "models/cogvideox/pixels.py", "model_loaders/detect.py",
-        "model_loaders/files.py", "samplers/schedules.py", "samplers/guidance.py", "samplers/reference.py",
-        "samplers/inversion.py", "nodes/validation.py"}
+        "model_loaders/files.py", "model_loaders/latent_files.py", "model_loaders/recovery_settings.py",
+        "samplers/schedules.py", "samplers/guidance.py", "samplers/reference.py", "samplers/inversion.py",
+        "nodes/validation.py"}
 HOST = ("comfy", "comfy_api", "folder_paths", "server", "latent_preview", "nodes", "execution")
 
 # Start-up imports the nodes: nothing heavy, and no dependency whose absence would stop the pack from loading.

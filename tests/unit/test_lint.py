@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 TYPED = ["models.specs", "models.noise_schedule", "models.cogvideox.positions", "models.cogvideox.image_condition",
-         "models.cogvideox.pixels", "model_loaders.detect", "model_loaders.files", "samplers.schedules",
-         "samplers.guidance", "samplers.inversion", "nodes.validation"]
+         "models.cogvideox.pixels", "model_loaders.detect", "model_loaders.files", "model_loaders.latent_files",
+         "model_loaders.recovery_settings", "samplers.schedules", "samplers.guidance", "samplers.inversion",
+         "nodes.validation"]
 
 
 def run(cwd: Path, *command: str) -> str:
