@@ -250,3 +250,46 @@ class Strips:
 
     def _fp32(self, values: int) -> int:
         return values // self.value * FP32 if self.value < FP32 else 0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Free memory in bytes. free: of the device now; obtainable: if all other models leave it; host: of the RAM.
+
+    ``obtainable`` is None on a CPU, where host memory is the device's own and nothing is gained by going there.
+    """
+
+    free: float
+    obtainable: float | None
+    host: float
+
+
+STRIP_ROWS = (64, 32, 16, 8)  # higher strips need more memory and are not faster
+# torch takes oneDNN for a 3-D convolution on a CPU only above this many values in a column of the input (channels x
+# frames x rows), and else a path that is three to five times slower.
+ONEDNN_VALUES = 20480
+CPU_ROWS = 32
+
+
+def cpu_plan(spec: VAESpec, frames: int) -> Plan:
+    """The fastest plan on a CPU: strips stay in its caches. frames: of the first chunk, in pixels."""
+    enough = -(-ONEDNN_VALUES // (spec.block_out_channels[0] * max(frames, 1)))
+    return Plan(-(-max(CPU_ROWS, enough) // MIN_ROWS) * MIN_ROWS)
+
+
+def choose(memory: Callable[[Plan], Memory], budget: Budget, on_cpu: Plan) -> Plan | None:
+    """The fastest plan that fits, or None.
+
+    Caches on the device are faster than caches in host memory, and both hardly slower than no limit: they are tried
+    in the free memory first, and then in what is obtainable. What moves more through the host is tried last.
+    """
+    if budget.obtainable is None:
+        return on_cpu if memory(on_cpu).device <= budget.free else None
+    fast = [Plan(rows, host_caches) for host_caches in (False, True) for rows in STRIP_ROWS]
+    slow = [Plan(rows, True, values) for values in (PARKED, HOST) for rows in STRIP_ROWS]
+    for plans, device in ((fast, budget.free), (fast, budget.obtainable), (slow, budget.obtainable)):
+        for plan in plans:
+            need = memory(plan)
+            if need.device <= device and need.host <= budget.host:
+                return plan
+    return None
