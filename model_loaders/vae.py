@@ -1,11 +1,13 @@
-"""The CogVideoX VAE as a ComfyUI VAE: exact chunks, spatial tiles when asked or when memory demands, progress."""
+"""The CogVideoX VAE as a ComfyUI VAE: exact in the memory that is free, spatial tiles when asked, progress."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -16,27 +18,32 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..models.cogvideox.vae import (
+from ..models.cogvideox.tiles import blend_tiles, count_tiles
+from ..models.cogvideox.vae import CogVideoXVAENetwork
+from ..models.cogvideox.vae_plan import (
+    HOST,
     LATENT_CHUNK,
+    MIN_ROWS,
     PIXEL_CHUNK,
-    CogVideoXVAENetwork,
-    blend_tiles,
+    UNSPLIT,
+    Memory,
+    Plan,
+    choose,
     chunk_bounds,
-    tile_starts,
+    cpu_plan,
+    decode_memory,
+    decoded_frames,
+    encode_memory,
 )
 from ..models.specs import SpecError, VAESpec
 from .recovery import naming_saved_latent
+from .vae_ladder import HostMemory, Work, budget_of, climb_down, exact_or_smaller, only
 
 log = logging.getLogger("cogx")
 
-# Live values per pixel and channel at the widest point of a chunk: so many per frame (buffers of whole frames), and so
-# many for the causal caches, which do not depend on the frames. Measured at full size by tests/comfy/test_memory.py;
-# the channels are those of the second level, upsampled to full size, when decoding and of the first when encoding.
-DECODE_LIVE_VALUES = (3.5, 15.5)
-ENCODE_LIVE_VALUES = (5.2, 15.6)
-
 DEFAULT_TILE = (240, 360)  # pixels, rows and columns: half the native size, as in the reference
 DEFAULT_OVERLAP = 64
+SMALLEST = Plan(MIN_ROWS, True, HOST)
 
 
 def _on_own_device(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -63,8 +70,8 @@ class CogVideoXVAE(comfy.sd.VAE):
         self.downscale_ratio = (lambda t: max(0, math.floor((t + 3) / 4)), ratio, ratio)
         self.upscale_index_formula = self.downscale_index_formula = (4, ratio, ratio)
         self.working_dtypes = [torch.bfloat16, torch.float32]
-        self.memory_used_decode = self._decode_memory
-        self.memory_used_encode = self._encode_memory
+        self.memory_used_decode = partial(self._planned, self.decode_memory)
+        self.memory_used_encode = partial(self._planned, self.encode_memory)
         self.device = comfy.model_management.vae_device()
         self.vae_dtype = dtype or comfy.model_management.vae_dtype(self.device, self.working_dtypes)
         self.output_device = comfy.model_management.intermediate_device()
@@ -79,21 +86,28 @@ class CogVideoXVAE(comfy.sd.VAE):
         self.first_stage_model.load_state_dict(state_dict, strict=False, assign=self.patcher.is_dynamic())
         self.model_size()
 
-    def _decode_memory(self, shape: Any, dtype: torch.dtype) -> float:
-        """Bytes of an exact decode beside the weights. shape: [B, C, T, h, w]."""
-        latents = _longest_chunk(shape[2], LATENT_CHUNK)
-        ratio = self.spec.temporal_compression_ratio
-        frames = ratio * latents - (ratio - 1) * (latents % 2)  # the odd latent is one frame
-        values = DECODE_LIVE_VALUES[0] * frames + DECODE_LIVE_VALUES[1]
-        pixels = shape[3] * shape[4] * self.spec.spatial_ratio**2
-        return values * pixels * self.spec.block_out_channels[1] * comfy.model_management.dtype_size(dtype)
+    def decode_memory(self, shape: Any, plan: Plan) -> Memory:
+        """What an exact decode takes beside the weights. shape: [B, C, T, h, w]."""
+        return decode_memory(self.spec, tuple(shape[2:]), self.vae_dtype.itemsize, plan)
 
-    def _encode_memory(self, shape: Any, dtype: torch.dtype) -> float:
-        """Bytes of an exact encode beside the weights. shape: [B, 3, T, H, W] in pixels."""
-        frames = _longest_chunk(shape[2], PIXEL_CHUNK)
-        values = ENCODE_LIVE_VALUES[0] * frames + ENCODE_LIVE_VALUES[1]
-        channels = self.spec.block_out_channels[0]
-        return values * shape[3] * shape[4] * channels * comfy.model_management.dtype_size(dtype)
+    def encode_memory(self, shape: Any, plan: Plan) -> Memory:
+        """What an exact encode takes beside the weights. shape: [B, 3, T, H, W] in pixels."""
+        return encode_memory(self.spec, tuple(shape[2:]), self.vae_dtype.itemsize, plan)
+
+    def plan(self, memory: Callable[[Plan], Memory], frames: int) -> Plan | None:
+        """What would be chosen now. frames: of the first chunk, in pixels."""
+        return choose(memory, budget_of(self.device, self._weights_to_load()), cpu_plan(self.spec, frames))
+
+    def _planned(self, memory: Callable[[Any, Plan], Memory], shape: Any, dtype: torch.dtype) -> float:
+        """Bytes that the host is told: of the plan that would be chosen now, or of the smallest."""
+        of = partial(memory, shape)
+        return of(self.plan(of, 1) or SMALLEST).device
+
+    def _weights_to_load(self) -> float:
+        return max(self.model_size() - self.patcher.loaded_size(), 0)
+
+    def _load(self, memory: Memory) -> None:
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=memory.device)
 
     def decode(self, samples_in: Tensor, vae_options: Any = None) -> Tensor:
         """Exact: [B, 16, T, h, w] -> [B, frames, H, W, 3]. Core's VAEDecode comes this way."""
@@ -107,55 +121,62 @@ class CogVideoXVAE(comfy.sd.VAE):
 
         Args:
             samples: [B, 16, T, h, w], unscaled.
-            tiling: 'off' never splits; 'on' uses spatial tiles (lossy); 'auto' splits only if the rest cannot fit.
+            tiling: 'auto' is exact, in strips that fit the free memory, and goes on by itself if they do not after
+                all (vae_ladder.py); 'off' never splits; 'on' takes spatial tiles, which are lossy.
             tile: rows and columns of a tile in pixels. overlap: in pixels.
         Returns [B, frames, H, W, 3] in 0..1, on the output device.
 
         Raises:
             SpecError: a latent of another model, or a tile that does not exceed its overlap.
+            OOM_EXCEPTION: nothing was enough; says what was tried.
         """
         self._check_latent(samples)
-        tiled = tiling == "on" or (tiling == "auto" and not self._fits(samples.shape, self._decode_memory))
-        if not tiled:
-            try:
-                return self._decode_exact(samples)
-            except Exception as error:
-                comfy.model_management.raise_non_oom(error)
-                if tiling == "off":
-                    raise
-        if tiling == "auto":
-            comfy.model_management.soft_empty_cache()
-            log.warning("Decoding %dx%d in tiles: %.1f GB are needed at once and not free. Tiles change the picture "
-                        "slightly; free memory or use a smaller size for an exact decode.", samples.shape[4] * 8,
-                        samples.shape[3] * 8, self._decode_memory(samples.shape, self.vae_dtype) / 2**30)
         ratio = self.spec.spatial_ratio
-        return self._decode_in_tiles(samples, (tile[0] // ratio, tile[1] // ratio), overlap // ratio)
+        cells, overlap = (tile[0] // ratio, tile[1] // ratio), overlap // ratio
+        self._check_tile(cells, overlap)
+        frames = decoded_frames(samples.shape[2])
+        done: list[Tensor] = []  # videos of the batch, which no rung makes twice
+        work = Work(f"decoding {frames} frames of {samples.shape[4] * ratio}x{samples.shape[3] * ratio}",
+                    partial(self.decode_memory, samples.shape), cpu_plan(self.spec, decoded_frames(_first(samples))),
+                    partial(self._decode_exact, samples, done),
+                    partial(self._decode_in_tiles, samples, cells, overlap, done))
+        if tiling == "auto":
+            return exact_or_smaller(work, self.device, self._weights_to_load())
+        if tiling == "on":
+            return climb_down(work.words, only("tiles", work.tiled, self.device))
+        return climb_down(work.words, only(str(UNSPLIT), partial(work.run, UNSPLIT, self.device), self.device))
 
     def _check_latent(self, samples: Tensor) -> None:
         if samples.ndim != 5 or samples.shape[1] != self.latent_channels:
             raise SpecError(f"Expected a CogVideoX latent [batch, {self.latent_channels}, frames, height/8, width/8], "
                             f"got {list(samples.shape)}. Connect the LATENT of a CogVideoX sampler.")
 
-    def _fits(self, shape: Any, estimate: Any) -> bool:
-        if comfy.model_management.is_device_cpu(self.device):
-            return True
-        total = comfy.model_management.get_total_memory(self.device)
-        return estimate(shape, self.vae_dtype) + self.model_size() < total
-
-    def _load(self, memory: float) -> None:
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=memory)
-
-    def _decode_exact(self, samples: Tensor) -> Tensor:
-        self._load(self._decode_memory(samples.shape, self.vae_dtype))
+    def _decode_exact(self, samples: Tensor, done: list[Tensor], plan: Plan, device: torch.device) -> Tensor:
+        """The videos of a batch that are not done, and all of them together."""
+        if device == self.device:
+            self._load(self.decode_memory(samples.shape, plan))
         progress = comfy.utils.ProgressBar(samples.shape[0] * len(chunk_bounds(samples.shape[2], LATENT_CHUNK)))
-        videos = []
-        for z in samples.split(1):
-            chunks = []
-            for chunk in self.first_stage_model.decode_chunks(z.to(self.device, self.vae_dtype)):
-                chunks.append(self._to_frames(chunk))
-                progress.update(1)
-            videos.append(torch.cat(chunks, dim=1))
-        return torch.cat(videos) if len(videos) > 1 else videos[0]
+        for z in samples[len(done):].split(1):
+            start, video = 0, self._empty_video(z)
+            with HostMemory() as host, closing(self._decoded(z, plan, device, host)) as chunks:
+                for chunk in chunks:
+                    video[:, start:start + chunk.shape[2]] = self._to_frames(chunk)
+                    start += chunk.shape[2]
+                    progress.update(1)
+            done.append(video)
+        return torch.cat(done) if len(done) > 1 else done[0]
+
+    def _decoded(self, z: Tensor, plan: Plan, device: torch.device, host: HostMemory) -> Iterator[Tensor]:
+        chunks = self.first_stage_model.decode_chunks
+        return chunks(z.to(device, self._dtype_on(device)), plan, host.make, _stop_if_interrupted)
+
+    def _dtype_on(self, device: torch.device) -> torch.dtype:
+        return self.vae_dtype if device == self.device else torch.float32  # the last rung, a CPU, is slow in bf16
+
+    def _empty_video(self, z: Tensor) -> Tensor:
+        ratio = self.spec.spatial_ratio
+        shape = 1, decoded_frames(z.shape[2]), z.shape[3] * ratio, z.shape[4] * ratio, self.spec.out_channels
+        return torch.empty(shape, dtype=self.vae_output_dtype(), device=self.output_device)
 
     def _to_frames(self, pixels: Tensor) -> Tensor:
         """[B, 3, T, H, W] in -1..1 -> [B, T, H, W, 3] in 0..1 on the output device."""
@@ -168,35 +189,34 @@ class CogVideoXVAE(comfy.sd.VAE):
             raise SpecError(f"tile {tile[1] * ratio}x{tile[0] * ratio} pixels: expected more than the overlap of "
                             f"{overlap * ratio}. Make the tile larger or the overlap smaller.")
 
-    def _decode_in_tiles(self, samples: Tensor, tile: tuple[int, int], overlap: int) -> Tensor:
-        self._check_tile(tile, overlap)
+    def _decode_in_tiles(self, samples: Tensor, tile: tuple[int, int], overlap: int, done: list[Tensor]) -> Tensor:
         shape = (1, *samples.shape[1:3], *(min(pair) for pair in zip(tile, samples.shape[3:], strict=True)))
-        self._load(self._decode_memory(shape, self.vae_dtype))
-        tiles = len(tile_starts(samples.shape[3], tile[0], tile[0] - overlap)) * len(
-            tile_starts(samples.shape[4], tile[1], tile[1] - overlap))
+        memory = partial(self.decode_memory, shape)
+        plan = self.plan(memory, decoded_frames(_first(samples))) or SMALLEST
+        self._load(memory(plan))
         chunks = len(chunk_bounds(samples.shape[2], LATENT_CHUNK))
-        progress = comfy.utils.ProgressBar(samples.shape[0] * tiles * chunks)
+        progress = comfy.utils.ProgressBar(samples.shape[0] * count_tiles(samples.shape[3:], tile, overlap) * chunks)
 
         def run(z: Tensor) -> Tensor:
             parts = []
-            for chunk in self.first_stage_model.decode_chunks(z.to(self.device, self.vae_dtype)):
-                parts.append(chunk.float().cpu())
-                progress.update(1)
+            with HostMemory() as host, closing(self._decoded(z, plan, self.device, host)) as chunks:
+                for chunk in chunks:
+                    parts.append(chunk.float().cpu())
+                    progress.update(1)
             return torch.cat(parts, dim=2)
 
-        videos = [blend_tiles(z, tile, overlap, self.spec.spatial_ratio, run) for z in samples.split(1)]
-        return self._to_frames(torch.cat(videos))
+        for z in samples[len(done):].split(1):
+            done.append(self._to_frames(blend_tiles(z, tile, overlap, self.spec.spatial_ratio, run)))
+        return torch.cat(done)
 
     @naming_saved_latent
-    @_on_own_device
     def decode_tiled(self, samples: Tensor, tile_x: int | None = None, tile_y: int | None = None,
                      overlap: int | None = None, tile_t: int | None = None, overlap_t: int | None = None) -> Tensor:
         """Core's VAEDecodeTiled comes this way; sizes in latent units. Tiles are spatial only: tiles in time would
         break the causal chunks, so ``tile_t`` and ``overlap_t`` are ignored."""
-        self._check_latent(samples)
         ratio = self.spec.spatial_ratio
-        tile = (tile_y or DEFAULT_TILE[0] // ratio, tile_x or DEFAULT_TILE[1] // ratio)
-        return self._decode_in_tiles(samples, tile, DEFAULT_OVERLAP // ratio if overlap is None else overlap)
+        tile = (tile_y * ratio if tile_y else DEFAULT_TILE[0], tile_x * ratio if tile_x else DEFAULT_TILE[1])
+        return self.decode_video(samples, "on", tile, DEFAULT_OVERLAP if overlap is None else overlap * ratio)
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
         """The mean of the posterior, exact. Core's VAEEncode comes this way; see ``encode_video``."""
@@ -207,25 +227,27 @@ class CogVideoXVAE(comfy.sd.VAE):
         """Latents of videos. [frames, H, W, 3] is one video, [B, frames, H, W, 3] a batch of videos.
 
         Returns [B, 16, T, h, w], unscaled: the mean of the posterior, or a draw from it with the CPU ``generator``,
-        video by video as diffusers does. In tiles, with a warning, only if the rest cannot fit or memory runs out.
+        video by video as diffusers does. Exact, with the same ladder as ``decode_video``.
+
+        Raises:
+            OOM_EXCEPTION: nothing was enough; says what was tried.
         """
         video = self._to_video(pixels)
-        if self._fits(video.shape, self._encode_memory):
-            try:
-                return _latents_of(self._encode_exact(video), generator)
-            except Exception as error:  # noqa: BLE001 - the host knows which errors mean out of memory
-                comfy.model_management.raise_non_oom(error)
-        comfy.model_management.soft_empty_cache()
-        log.warning("Encoding %dx%d in tiles: %.1f GB are needed at once and not free. Tiles change the latent "
-                    "slightly; free memory or use a smaller size for an exact encode.", video.shape[4],
-                    video.shape[3], self._encode_memory(video.shape, self.vae_dtype) / 2**30)
-        return _latents_of(self._encode_in_tiles(video, DEFAULT_TILE, DEFAULT_OVERLAP), generator)
+        done: list[Tensor] = []
+        work = Work(_encoding(video), partial(self.encode_memory, video.shape),
+                    cpu_plan(self.spec, chunk_bounds(video.shape[2], PIXEL_CHUNK)[0][1]),
+                    partial(self._encode_exact, video, done),
+                    partial(self._encode_in_tiles, video, DEFAULT_TILE, DEFAULT_OVERLAP, done))
+        return _latents_of(exact_or_smaller(work, self.device, self._weights_to_load()), generator)
 
-    def _encode_exact(self, video: Tensor) -> Tensor:
+    def _encode_exact(self, video: Tensor, done: list[Tensor], plan: Plan, device: torch.device) -> Tensor:
         """Moments: [B, 3, T, H, W] -> [B, 32, T', h, w]."""
-        self._load(self._encode_memory(video.shape, self.vae_dtype))
+        if device == self.device:
+            self._load(self.encode_memory(video.shape, plan))
         progress = comfy.utils.ProgressBar(video.shape[0] * len(chunk_bounds(video.shape[2], PIXEL_CHUNK)))
-        return torch.cat([self._encode_one(v, progress) for v in video.split(1)]).to(self.output_device)
+        for x in video[len(done):].split(1):
+            done.append(self._encode_one(x, plan, device, progress).to(self.output_device))
+        return torch.cat(done)
 
     def _to_video(self, pixels: Tensor) -> Tensor:
         """Crop to whole latent cells: [..., H, W, C] -> [B, 3, T, H, W] in -1..1."""
@@ -234,11 +256,13 @@ class CogVideoXVAE(comfy.sd.VAE):
         pixels = pixels.reshape(*videos, *pixels.shape[-3:])
         return self.process_input(pixels.permute(0, 4, 1, 2, 3))  # bthwc -> bcthw
 
-    def _encode_one(self, x: Tensor, progress: Any) -> Tensor:
+    def _encode_one(self, x: Tensor, plan: Plan, device: torch.device, progress: Any) -> Tensor:
         parts = []
-        for moments in self.first_stage_model.encode_chunks(x, self.device, self.vae_dtype):
-            parts.append(moments.to(device=self.output_device, dtype=self.vae_output_dtype()))
-            progress.update(1)
+        with HostMemory() as host, closing(self.first_stage_model.encode_chunks(
+                x, plan, host.make, _stop_if_interrupted, device, self._dtype_on(device))) as chunks:
+            for moments in chunks:
+                parts.append(moments.to(device=self.output_device, dtype=self.vae_output_dtype()))
+                progress.update(1)
         return torch.cat(parts, dim=2)
 
     @_on_own_device
@@ -248,21 +272,38 @@ class CogVideoXVAE(comfy.sd.VAE):
         ratio = self.spec.spatial_ratio
         tile = ((tile_y or DEFAULT_TILE[0]) // ratio * ratio, (tile_x or DEFAULT_TILE[1]) // ratio * ratio)
         overlap = (DEFAULT_OVERLAP if overlap is None else overlap) // ratio * ratio
-        return _latents_of(self._encode_in_tiles(self._to_video(pixel_samples), tile, overlap))
+        video = self._to_video(pixel_samples)
+        tiled = partial(self._encode_in_tiles, video, tile, overlap, [])
+        return _latents_of(climb_down(_encoding(video), only("tiles", tiled, self.device)))
 
-    def _encode_in_tiles(self, video: Tensor, tile: tuple[int, int], overlap: int) -> Tensor:
+    def _encode_in_tiles(self, video: Tensor, tile: tuple[int, int], overlap: int, done: list[Tensor]) -> Tensor:
         """As ``_encode_exact``."""
         ratio = self.spec.spatial_ratio
         self._check_tile((tile[0] // ratio, tile[1] // ratio), overlap // ratio)
         shape = (1, *video.shape[1:3], *(min(pair) for pair in zip(tile, video.shape[3:], strict=True)))
-        self._load(self._encode_memory(shape, self.vae_dtype))
-        tiles = len(tile_starts(video.shape[3], tile[0], tile[0] - overlap)) * len(
-            tile_starts(video.shape[4], tile[1], tile[1] - overlap))
-        chunks = len(chunk_bounds(video.shape[2], PIXEL_CHUNK))
-        progress = comfy.utils.ProgressBar(video.shape[0] * tiles * chunks)
-        latents = [blend_tiles(v, tile, overlap, 1 / ratio, lambda part: self._encode_one(part, progress))
-                   for v in video.split(1)]
-        return torch.cat(latents).to(self.output_device)
+        bounds = chunk_bounds(video.shape[2], PIXEL_CHUNK)
+        memory = partial(self.encode_memory, shape)
+        plan = self.plan(memory, bounds[0][1]) or SMALLEST
+        self._load(memory(plan))
+        progress = comfy.utils.ProgressBar(
+            video.shape[0] * count_tiles(video.shape[3:], tile, overlap) * len(bounds))
+        for x in video[len(done):].split(1):
+            done.append(blend_tiles(x, tile, overlap, 1 / ratio,
+                                    lambda part: self._encode_one(part, plan, self.device, progress)))
+        return torch.cat(done).to(self.output_device)
+
+
+def _stop_if_interrupted() -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def _first(samples: Tensor) -> int:
+    """Latent frames of the first chunk."""
+    return chunk_bounds(samples.shape[2], LATENT_CHUNK)[0][1]
+
+
+def _encoding(video: Tensor) -> str:
+    return f"encoding {video.shape[2]} frames of {video.shape[4]}x{video.shape[3]}"
 
 
 def _latents_of(moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -272,12 +313,6 @@ def _latents_of(moments: Tensor, generator: torch.Generator | None = None) -> Te
         return mean.clone(memory_format=torch.contiguous_format)  # a view would keep the log variance in memory
     noise = torch.cat([torch.randn(one.shape, generator=generator) for one in mean.split(1)])
     return mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * noise.to(mean)
-
-
-def _longest_chunk(frames: int, size: int) -> int:
-    """The frames of the first chunk; one more than ``size`` if others follow, because those hold full caches."""
-    bounds = chunk_bounds(frames, size)
-    return bounds[0][1] if len(bounds) == 1 else max(bounds[0][1], size + 1)
 
 
 def require_cogvideox(vae: Any) -> CogVideoXVAE:

@@ -294,3 +294,9 @@ def convolved(run: Run, causal: Any, source: Field, prepare: Prepare) -> Tensor:
 
     convolve(run, causal, source, sink, prepare)
     return out
+
+
+def pointwise(run: Run, conv: Any, x: Tensor) -> Tensor:
+    """A 1x1x1 convolution of something small: [B, C, T, rows, W]."""
+    weight, bias = held(conv, run.device, run.dtype)
+    return conv._conv_forward(x, weight, bias)

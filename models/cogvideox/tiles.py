@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ def tile_starts(size: int, tile: int, stride: int) -> list[int]:
     if size <= tile:
         return [0]
     return [*range(0, size - tile, stride), size - tile]
+
+
+def count_tiles(size: Sequence[int], tile: tuple[int, int], overlap: int) -> int:
+    """How many tiles cover rows and columns."""
+    return math.prod(len(tile_starts(n, t, t - overlap)) for n, t in zip(size, tile, strict=True))
 
 
 def _ramp(length: int, fade_in: int, fade_out: int, like: Tensor) -> Tensor:

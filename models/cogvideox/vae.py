@@ -222,7 +222,7 @@ class CogVideoXVAENetwork(nn.Module):
         run = Run(plan, z.device, z.dtype, z.shape[4] * self.spec.spatial_ratio, self.spec, make_host, checkpoint)
         for chunk in run.chunks(z, chunk_bounds(z.shape[2], LATENT_CHUNK)):
             if self.spec.use_post_quant_conv:
-                chunk = self.post_quant_conv(chunk)
+                chunk = strips.pointwise(run, self.post_quant_conv, chunk)
             yield self.decoder(run, chunk[0])[None]
 
     @torch.no_grad()
@@ -237,7 +237,7 @@ class CogVideoXVAENetwork(nn.Module):
                   checkpoint)
         for chunk in run.chunks(x, chunk_bounds(x.shape[2], PIXEL_CHUNK)):
             moments = self.encoder(run, chunk[0])[None]
-            yield self.quant_conv(moments) if self.spec.use_quant_conv else moments
+            yield strips.pointwise(run, self.quant_conv, moments) if self.spec.use_quant_conv else moments
 
     def decode(self, z: Tensor, plan: Plan = UNSPLIT) -> Tensor:
         """Every chunk at once in memory; see ``decode_chunks``. Any batch."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from ..specs import VAESpec
 
@@ -53,6 +54,11 @@ def chunk_bounds(frames: int, size: int) -> list[tuple[int, int]]:
     """The reference's chunks: ``size`` frames each, the remainder joining the first."""
     first = frames % size + (size if frames >= size else 0)
     return [(0, first)] + [(start, start + size) for start in range(first, frames, size)]
+
+
+def decoded_frames(latents: int) -> int:
+    """Pixel frames of latent frames: an even count gives 4T, because the first frame then has a partner."""
+    return 4 * latents - 3 * (latents % 2)
 
 
 def shrunk_frames(frames: int, time: bool) -> int:
@@ -293,3 +299,17 @@ def choose(memory: Callable[[Plan], Memory], budget: Budget, on_cpu: Plan) -> Pl
             if need.device <= device and need.host <= budget.host:
                 return plan
     return None
+
+
+def smaller_plans(plan: Plan) -> Iterator[Plan]:
+    """What is left to try when a plan does not fit after all: each takes less memory than the one before."""
+    rows = 2 * STRIP_ROWS[0] if plan.rows is None else plan.rows
+    while rows > MIN_ROWS:
+        rows = max(rows // 2 // MIN_ROWS, 1) * MIN_ROWS
+        yield replace(plan, rows=rows)
+    plan = replace(plan, rows=MIN_ROWS)
+    if not plan.host_caches:
+        plan = replace(plan, host_caches=True)
+        yield plan
+    for values in (PARKED, HOST)[(DEVICE, PARKED, HOST).index(plan.values):]:
+        yield replace(plan, values=values)

@@ -80,54 +80,6 @@ def test_vae_equals_diffusers(pipeline, tiny_pipelines):
     assert vae.encode(frames[:, :, :61, :93]).shape == (2, 16, 5, 7, 11)  # cropped to whole cells, no frame lost
 
 
-def test_running_out_of_memory_at_decode(pipeline, monkeypatch):
-    """'auto' goes on in tiles; 'off' says so; another error is never retried."""
-    vae = pipeline[2]
-    latent = torch.randn(1, 16, 3, 8, 12)
-
-    def failing(message, kind):
-        def decode(samples):
-            raise kind(message)
-
-        return decode
-
-    with torch.inference_mode():
-        out_of_memory = failing("out of memory", torch.cuda.OutOfMemoryError)
-        monkeypatch.setattr(vae, "_decode_exact", out_of_memory)
-        assert vae.decode_video(latent, "auto", (64, 64), 16).shape == (1, 9, 64, 96, 3)
-        with pytest.raises(torch.cuda.OutOfMemoryError):
-            vae.decode_video(latent, "off")
-        monkeypatch.setattr(vae, "_decode_exact", failing("another", RuntimeError))
-        with pytest.raises(RuntimeError, match="another"):
-            vae.decode_video(latent, "auto")
-
-
-def test_running_out_of_memory_at_encode(pipeline, monkeypatch):
-    vae, frames = pipeline[2], torch.rand(9, 64, 96, 3)
-
-    def out_of_memory(video):
-        raise torch.cuda.OutOfMemoryError("out of memory")
-
-    with torch.inference_mode():
-        monkeypatch.setattr(vae, "_encode_exact", out_of_memory)
-        assert vae.encode(frames).shape == (1, 16, 3, 8, 12)
-
-
-def test_an_encode_that_cannot_fit_is_not_tried(pipeline, monkeypatch, caplog):
-    """As at decode: the estimate decides before anything is computed, and the log names it."""
-    vae, frames = pipeline[2], torch.rand(9, 64, 96, 3)
-
-    def tried(video):
-        raise AssertionError("tried")
-
-    with torch.inference_mode():
-        monkeypatch.setattr(vae, "_encode_exact", tried)
-        monkeypatch.setattr(vae, "_fits", lambda shape, estimate: False)
-        monkeypatch.setattr(vae, "_encode_memory", lambda shape, dtype: 3.5 * 2**30)
-        assert vae.encode(frames).shape == (1, 16, 3, 8, 12)
-    assert "Encoding 96x64 in tiles: 3.5 GB are needed at once" in caplog.text
-
-
 def test_a_latent_holds_no_more_than_itself(pipeline):
     """The log variance beside the mean is freed, for one video and for several."""
     with torch.inference_mode():

@@ -1,0 +1,151 @@
+"""How a decode or encode gets its memory: a plan that fits, and a ladder of smaller ones for when it does not.
+
+A video goes down only as far as it must: free other models and the cache, halve the strips, caches to host memory,
+residuals too, then all values, which is the same picture; then tiles, which is not quite; then the CPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ..models.cogvideox.vae_plan import Budget, Memory, Plan, choose, smaller_plans
+
+log = logging.getLogger("cogx")
+
+GB = 1e9
+RAM_SHARE = 0.9  # of the free RAM that host memory may take
+FREE = "free other models and the cache"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A video to decode or encode.
+
+    Attributes:
+        words: what it is, as in "decoding 49 frames of 720x480".
+        memory: what a plan takes. cpu_plan: the plan for a CPU.
+        run: does it exactly, on a device. tiled: does it in tiles.
+    """
+
+    words: str
+    memory: Callable[[Plan], Memory]
+    cpu_plan: Plan
+    run: Callable[[Plan, torch.device], Tensor]
+    tiled: Callable[[], Tensor]
+
+
+class Rung(NamedTuple):
+    words: str
+    run: Callable[[], Tensor]
+
+
+def budget_of(device: torch.device, weights: float = 0.0) -> Budget:
+    """What ComfyUI's memory manager can give on a device. weights: bytes that are still to be loaded there."""
+    free = comfy.model_management.get_free_memory(device)
+    if comfy.model_management.is_device_cpu(device):
+        return Budget(free, None, 0)
+    free -= weights + comfy.model_management.extra_reserved_memory()  # the reserve is for workspaces of the kernels
+    loaded = sum(model.model_loaded_memory() for model in comfy.model_management.current_loaded_models
+                 if model.device == device)
+    return Budget(free, free + loaded, RAM_SHARE * comfy.model_management.get_free_memory(torch.device("cpu")))
+
+
+def exact_or_smaller(work: Work, device: torch.device, weights: float) -> Tensor:
+    """Exactly if there is any way; see the module.
+
+    Raises:
+        OOM_EXCEPTION: nothing was enough; says what was tried. Any other error comes through at once.
+    """
+    return climb_down(work.words, _rungs(work, device, budget_of(device, weights)))
+
+
+def _rungs(work: Work, device: torch.device, budget: Budget) -> Iterator[Rung]:
+    plan = choose(work.memory, budget, work.cpu_plan)
+    on_cpu = comfy.model_management.is_device_cpu(device)
+    if plan is None and on_cpu:  # there is no other place
+        plan = work.cpu_plan
+        log.warning("C%s: %.1f GB are needed and not free, the system may swap.", work.words[1:],
+                    work.memory(plan).device / GB)
+    if plan is not None:
+        yield Rung(str(plan), partial(work.run, plan, device))
+        yield Rung(FREE, partial(_after_freeing, device, partial(work.run, plan, device)))
+        for smaller in smaller_plans(plan):
+            if on_cpu or work.memory(smaller).host <= budget.host:
+                yield Rung(str(smaller), partial(work.run, smaller, device))
+    yield Rung("tiles, which change the picture slightly", work.tiled)
+    if not on_cpu:
+        yield Rung("the CPU, which takes long", partial(work.run, work.cpu_plan, torch.device("cpu")))
+
+
+def only(words: str, run: Callable[[], Tensor], device: torch.device) -> Iterator[Rung]:
+    """The rungs of a way that the user insists on."""
+    yield Rung(words, run)
+    yield Rung(FREE, partial(_after_freeing, device, run))
+
+
+def _after_freeing(device: torch.device, run: Callable[[], Tensor]) -> Tensor:
+    comfy.model_management.free_memory(1e30, device)
+    return run()
+
+
+def climb_down(words: str, rungs: Iterator[Rung]) -> Tensor:
+    """The result of the first rung that has the memory.
+
+    Raises:
+        OOM_EXCEPTION: none had.
+    """
+    tried: list[str] = []
+    reason = "no way was open"
+    for rung in rungs:
+        if tried:
+            log.warning("Out of memory in %s with %s. Next: %s.", words, tried[-1], rung.words)
+        else:
+            log.info("%s: %s.", words.capitalize(), rung.words)
+        out, reason = _attempt(rung.run)
+        if out is not None:
+            return out
+        tried.append(rung.words)
+    raise comfy.model_management.OOM_EXCEPTION(
+        f"Out of memory in {words}. Tried: {'; '.join(tried)}. Close other programs that use the GPU, or take a "
+        f"smaller size or fewer frames. ({reason})")
+
+
+def _attempt(run: Callable[[], Tensor]) -> tuple[Tensor | None, str]:
+    """The result, or None and why, once the error is gone, and with its traceback the tensors of the failed try."""
+    try:
+        return run(), ""
+    except Exception as error:  # noqa: BLE001 - the host knows which errors mean out of memory
+        comfy.model_management.raise_non_oom(error)
+        reason = str(error).partition("\n")[0]
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+    return None, reason
+
+
+class HostMemory:
+    """Host memory for one video, pinned where ComfyUI allows it, so that copies run beside the computation."""
+
+    def __init__(self) -> None:
+        self._pinned: list[Tensor] = []
+
+    def __enter__(self) -> HostMemory:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for tensor in self._pinned:
+            comfy.model_management.unpin_memory(tensor)
+
+    def make(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        if comfy.model_management.pin_memory(tensor):
+            self._pinned.append(tensor)
+        return tensor
