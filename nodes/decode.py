@@ -20,9 +20,9 @@ class Decode(io.ComfyNode):
             inputs=[
                 io.Latent.Input("samples", tooltip="A CogVideoX latent."),
                 io.Vae.Input("vae", tooltip="A CogVideoX VAE."),
-                io.Combo.Input("tiling", options=["auto", "off", "on"], default="auto", tooltip="auto: exact, and "
-                               "tiles only if the video cannot fit. off: always exact. on: always tiles, which need "
-                               "less memory and change the picture slightly."),
+                io.Combo.Input("tiling", options=["auto", "off", "on"], default="auto", tooltip="auto: exact, in the "
+                               "memory that is free. off: never splits. on: spatial tiles, which are lossy: for "
+                               "their speed on very small cards."),
                 io.Int.Input("tile_width", default=360, min=64, max=4096, step=8, tooltip="Pixels. Used with tiles "
                              "only.", advanced=True),
                 io.Int.Input("tile_height", default=240, min=64, max=4096, step=8, tooltip="Pixels. Used with tiles "
