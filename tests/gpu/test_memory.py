@@ -19,7 +19,9 @@ import pytest
 import torch
 from cogx.model_loaders.load import load_model
 from cogx.model_loaders.vae import CogVideoXVAE
+from cogx.model_loaders.vae_ladder import HostMemory
 from cogx.models.cogvideox.base_model import CogVideoXConfig
+from cogx.models.cogvideox.vae_plan import HOST, PARKED, Plan
 from cogx.models.specs import PUBLISHED, VAESpec
 from cogx.tests.gpu.references import relative_error
 
@@ -79,22 +81,30 @@ def test_transformer(variant: str, batch: int, device: torch.device) -> None:
     check(allocated_by(lambda: model.diffusion_model(x, timestep, context), device), estimate, TRANSFORMER_BOUND)
 
 
-@pytest.mark.parametrize("which", ["decode", "encode"])
-def test_vae(which: str, device: torch.device) -> None:
-    """480x720, 17 frames: three chunks hold as much at once as a whole clip does."""
+@pytest.fixture(scope="module")
+def vae(device: torch.device) -> CogVideoXVAE:
     with device:
         vae = CogVideoXVAE(VAESpec(), BF16)
     for parameter in vae.first_stage_model.parameters():
         parameter.normal_(std=0.02)
-    shape = (1, 16, 5, 60, 90) if which == "decode" else (1, 3, 17, 480, 720)
-    estimate = getattr(vae, f"memory_used_{which}")(shape, BF16)
+    return vae
+
+
+@pytest.mark.parametrize("plan", [Plan(64), Plan(32), Plan(32, True), Plan(16, True, PARKED), Plan(8, True, HOST)],
+                         ids=str)
+@pytest.mark.parametrize("which", ["decode", "encode"])
+def test_vae(which: str, plan: Plan, vae: CogVideoXVAE, device: torch.device) -> None:
+    """480x720, 25 frames: four chunks hold as much at once as a whole clip does."""
+    shape = (1, 16, 7, 60, 90) if which == "decode" else (1, 3, 25, 480, 720)
+    estimate = getattr(vae, f"{which}_memory")(shape, plan).device
     skip_without_room(2 * estimate, device)
-    x = torch.randn(shape, device=device, dtype=BF16)
+    x = torch.randn(shape, dtype=BF16)
     chunks = getattr(vae.first_stage_model, f"{which}_chunks")
 
     def run() -> None:
-        for chunk in chunks(x):
-            del chunk
+        with HostMemory() as host:
+            for chunk in chunks(x.to(device), plan, host.make):
+                del chunk
 
     check(allocated_by(run, device), estimate, VAE_BOUND)
 
@@ -140,3 +150,20 @@ def test_sampling_in_less_than_a_forward_needs(tiny_pipelines: Path, device: tor
     assert relative_error(found, expected) <= 1e-3
     with capped(before + 0.1 * peak, device), pytest.raises(torch.OutOfMemoryError, match="this would fit"):
         run()
+
+
+def test_decode_in_less_than_the_card_seems_to_have(vae: CogVideoXVAE, device: torch.device,
+                                                    caplog: pytest.LogCaptureFixture) -> None:
+    """A real out-of-memory error: caches and residuals go to host memory, and the video is the same."""
+    caplog.set_level(logging.WARNING, "cogx")
+    z = torch.randn(1, 16, 5, 60, 90, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = vae.decode_video(z)
+        assert not caplog.messages
+        comfy.model_management.soft_empty_cache()
+        before = torch.cuda.memory_reserved(device)
+        with capped(before + VAE_BOUND * vae.decode_memory(z.shape, Plan(8, True, PARKED)).device, device):
+            found = vae.decode_video(z)
+    assert any("caches in host memory" in line for line in caplog.messages)
+    assert not any("tiles" in line for line in caplog.messages)
+    assert relative_error(found, expected) <= 5e-2  # of bf16, whose strips round differently
