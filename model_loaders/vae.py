@@ -21,11 +21,11 @@ from torch import Tensor
 from ..models.cogvideox.tiles import blend_tiles, count_tiles
 from ..models.cogvideox.vae import CogVideoXVAENetwork
 from ..models.cogvideox.vae_plan import (
-    HOST,
     LATENT_CHUNK,
-    MIN_ROWS,
     PIXEL_CHUNK,
+    SMALLEST,
     UNSPLIT,
+    Budget,
     Memory,
     Plan,
     choose,
@@ -43,7 +43,6 @@ log = logging.getLogger("cogx")
 
 DEFAULT_TILE = (240, 360)  # pixels, rows and columns: half the native size, as in the reference
 DEFAULT_OVERLAP = 64
-SMALLEST = Plan(MIN_ROWS, True, HOST)
 
 
 def _on_own_device(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -96,15 +95,17 @@ class CogVideoXVAE(comfy.sd.VAE):
 
     def plan(self, memory: Callable[[Plan], Memory], frames: int) -> Plan | None:
         """What would be chosen now. frames: of the first chunk, in pixels."""
-        return choose(memory, budget_of(self.device, self._weights_to_load()), cpu_plan(self.spec, frames))
+        return choose(memory, self.budget(), cpu_plan(self.spec, frames))
+
+    def budget(self) -> Budget:
+        """The memory that a decode or encode can have now."""
+        weights = max(self.model_size() - self.patcher.loaded_size(), 0)
+        return budget_of(self.device, self.first_stage_model, weights)
 
     def _planned(self, memory: Callable[[Any, Plan], Memory], shape: Any, dtype: torch.dtype) -> float:
         """Bytes that the host is told: of the plan that would be chosen now, or of the smallest."""
         of = partial(memory, shape)
         return of(self.plan(of, 1) or SMALLEST).device
-
-    def _weights_to_load(self) -> float:
-        return max(self.model_size() - self.patcher.loaded_size(), 0)
 
     def _load(self, memory: Memory) -> None:
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory.device)
@@ -136,18 +137,21 @@ class CogVideoXVAE(comfy.sd.VAE):
         self._check_tile(cells, overlap)
         frames = decoded_frames(samples.shape[2])
         done: list[Tensor] = []  # videos of the batch, which no rung makes twice
+        on_cpu = cpu_plan(self.spec, decoded_frames(_first(samples)))
         work = Work(f"decoding {frames} frames of {samples.shape[4] * ratio}x{samples.shape[3] * ratio}",
-                    partial(self.decode_memory, samples.shape), cpu_plan(self.spec, decoded_frames(_first(samples))),
+                    partial(self.decode_memory, samples.shape), on_cpu,
+                    decode_memory(self.spec, tuple(samples.shape[2:]), torch.float32.itemsize, on_cpu).device,
                     partial(self._decode_exact, samples, done),
                     partial(self._decode_in_tiles, samples, cells, overlap, done))
         if tiling == "auto":
-            return exact_or_smaller(work, self.device, self._weights_to_load())
+            return exact_or_smaller(work, self.device, self.budget())
         if tiling == "on":
             return climb_down(work.words, only("tiles", work.tiled, self.device))
-        return climb_down(work.words, only(str(UNSPLIT), partial(work.run, UNSPLIT, self.device), self.device))
+        unsplit = only(str(UNSPLIT), partial(work.run, UNSPLIT, self.device), self.device)
+        return climb_down(work.words, unsplit, "set tiling to auto, which needs less for the same video")
 
     def _check_latent(self, samples: Tensor) -> None:
-        if samples.ndim != 5 or samples.shape[1] != self.latent_channels:
+        if samples.ndim != 5 or samples.shape[1] != self.latent_channels or not samples.numel():
             raise SpecError(f"Expected a CogVideoX latent [batch, {self.latent_channels}, frames, height/8, width/8], "
                             f"got {list(samples.shape)}. Connect the LATENT of a CogVideoX sampler.")
 
@@ -234,11 +238,12 @@ class CogVideoXVAE(comfy.sd.VAE):
         """
         video = self._to_video(pixels)
         done: list[Tensor] = []
-        work = Work(_encoding(video), partial(self.encode_memory, video.shape),
-                    cpu_plan(self.spec, chunk_bounds(video.shape[2], PIXEL_CHUNK)[0][1]),
+        on_cpu = cpu_plan(self.spec, chunk_bounds(video.shape[2], PIXEL_CHUNK)[0][1])
+        work = Work(_encoding(video), partial(self.encode_memory, video.shape), on_cpu,
+                    encode_memory(self.spec, tuple(video.shape[2:]), torch.float32.itemsize, on_cpu).device,
                     partial(self._encode_exact, video, done),
                     partial(self._encode_in_tiles, video, DEFAULT_TILE, DEFAULT_OVERLAP, done))
-        return _latents_of(exact_or_smaller(work, self.device, self._weights_to_load()), generator)
+        return _latents_of(exact_or_smaller(work, self.device, self.budget()), generator)
 
     def _encode_exact(self, video: Tensor, done: list[Tensor], plan: Plan, device: torch.device) -> Tensor:
         """Moments: [B, 3, T, H, W] -> [B, 32, T', h, w]."""
@@ -288,9 +293,10 @@ class CogVideoXVAE(comfy.sd.VAE):
         progress = comfy.utils.ProgressBar(
             video.shape[0] * count_tiles(video.shape[3:], tile, overlap) * len(bounds))
         for x in video[len(done):].split(1):
-            done.append(blend_tiles(x, tile, overlap, 1 / ratio,
-                                    lambda part: self._encode_one(part, plan, self.device, progress)))
-        return torch.cat(done).to(self.output_device)
+            moments = blend_tiles(x, tile, overlap, 1 / ratio,
+                                  lambda part: self._encode_one(part, plan, self.device, progress))
+            done.append(moments.to(device=self.output_device, dtype=self.vae_output_dtype()))
+        return torch.cat(done)
 
 
 def _stop_if_interrupted() -> None:

@@ -17,12 +17,14 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ..models.cogvideox.vae_plan import Budget, Memory, Plan, choose, smaller_plans
+from ..models.cogvideox.vae_plan import MIN_ROWS, SMALLEST, Budget, Memory, Plan, choose, smaller_plans
 
 log = logging.getLogger("cogx")
 
 GB = 1e9
-RAM_SHARE = 0.9  # of the free RAM that host memory may take
+RAM_SHARE = 0.8  # of the free RAM that host memory may take
+PINNED_SHARE = 0.5  # of all RAM that may be pinned: no other program can have it
+UNIFIED = ("cpu", "mps")  # devices whose memory is the RAM
 FREE = "free other models and the cache"
 
 
@@ -32,13 +34,14 @@ class Work:
 
     Attributes:
         words: what it is, as in "decoding 49 frames of 720x480".
-        memory: what a plan takes. cpu_plan: the plan for a CPU.
+        memory: what a plan takes. cpu_plan: the plan for a CPU. cpu_bytes: what it takes there, in fp32.
         run: does it exactly, on a device. tiled: does it in tiles.
     """
 
     words: str
     memory: Callable[[Plan], Memory]
     cpu_plan: Plan
+    cpu_bytes: float
     run: Callable[[Plan, torch.device], Tensor]
     tiled: Callable[[], Tensor]
 
@@ -48,41 +51,47 @@ class Rung(NamedTuple):
     run: Callable[[], Tensor]
 
 
-def budget_of(device: torch.device, weights: float = 0.0) -> Budget:
-    """What ComfyUI's memory manager can give on a device. weights: bytes that are still to be loaded there."""
+def budget_of(device: torch.device, network: Any = None, weights: float = 0.0) -> Budget:
+    """What ComfyUI's memory manager can give on a device to a network. weights: bytes of it still to be loaded."""
     free = comfy.model_management.get_free_memory(device)
-    if comfy.model_management.is_device_cpu(device):
-        return Budget(free, None, 0)
+    if device.type in UNIFIED:
+        return Budget(free, unified=True)
     free -= weights + comfy.model_management.extra_reserved_memory()  # the reserve is for workspaces of the kernels
-    loaded = sum(model.model_loaded_memory() for model in comfy.model_management.current_loaded_models
-                 if model.device == device)
-    return Budget(free, free + loaded, RAM_SHARE * comfy.model_management.get_free_memory(torch.device("cpu")))
+    others = sum(loaded.model_loaded_memory() for loaded in comfy.model_management.current_loaded_models
+                 if loaded.model is not None and loaded.device == device and loaded.model.model is not network)
+    return Budget(free, _free_ram(), others)
 
 
-def exact_or_smaller(work: Work, device: torch.device, weights: float) -> Tensor:
+def _free_ram() -> float:
+    return RAM_SHARE * comfy.model_management.get_free_memory(torch.device("cpu"))
+
+
+def exact_or_smaller(work: Work, device: torch.device, budget: Budget) -> Tensor:
     """Exactly if there is any way; see the module.
 
     Raises:
         OOM_EXCEPTION: nothing was enough; says what was tried. Any other error comes through at once.
     """
-    return climb_down(work.words, _rungs(work, device, budget_of(device, weights)))
+    return climb_down(work.words, _rungs(work, device, budget))
 
 
 def _rungs(work: Work, device: torch.device, budget: Budget) -> Iterator[Rung]:
-    plan = choose(work.memory, budget, work.cpu_plan)
     on_cpu = comfy.model_management.is_device_cpu(device)
-    if plan is None and on_cpu:  # there is no other place
-        plan = work.cpu_plan
-        log.warning("C%s: %.1f GB are needed and not free, the system may swap.", work.words[1:],
-                    work.memory(plan).device / GB)
-    if plan is not None:
-        yield Rung(str(plan), partial(work.run, plan, device))
-        yield Rung(FREE, partial(_after_freeing, device, partial(work.run, plan, device)))
-        for smaller in smaller_plans(plan):
-            if on_cpu or work.memory(smaller).host <= budget.host:
-                yield Rung(str(smaller), partial(work.run, smaller, device))
+
+    def fits_ram(plan: Plan) -> bool:
+        return on_cpu or work.memory(plan).host <= _free_ram()
+
+    plan = choose(work.memory, budget, work.cpu_plan)
+    if plan is None:  # by the estimates, which leave a reserve: what needs least may still go
+        plan = next((p for p in (SMALLEST, Plan(MIN_ROWS)) if fits_ram(p)), SMALLEST)
+        log.warning("Memory is short for %s: by the estimate %.1f GB are needed, and %.1f GB are free.", work.words,
+                    work.memory(plan).device / GB, (budget.free + budget.others) / GB)
+    yield Rung(str(plan), partial(work.run, plan, device))
+    yield Rung(FREE, partial(_after_freeing, device, partial(work.run, plan, device)))
+    for smaller in filter(fits_ram, smaller_plans(plan)):
+        yield Rung(str(smaller), partial(work.run, smaller, device))
     yield Rung("tiles, which change the picture slightly", work.tiled)
-    if not on_cpu:
+    if not on_cpu and work.cpu_bytes <= _free_ram():
         yield Rung("the CPU, which takes long", partial(work.run, work.cpu_plan, torch.device("cpu")))
 
 
@@ -97,8 +106,8 @@ def _after_freeing(device: torch.device, run: Callable[[], Tensor]) -> Tensor:
     return run()
 
 
-def climb_down(words: str, rungs: Iterator[Rung]) -> Tensor:
-    """The result of the first rung that has the memory.
+def climb_down(words: str, rungs: Iterator[Rung], remedy: str = "take a smaller size or fewer frames") -> Tensor:
+    """The result of the first rung that has the memory. remedy: what the user may do if none has.
 
     Raises:
         OOM_EXCEPTION: none had.
@@ -115,8 +124,8 @@ def climb_down(words: str, rungs: Iterator[Rung]) -> Tensor:
             return out
         tried.append(rung.words)
     raise comfy.model_management.OOM_EXCEPTION(
-        f"Out of memory in {words}. Tried: {'; '.join(tried)}. Close other programs that use the GPU, or take a "
-        f"smaller size or fewer frames. ({reason})")
+        f"Out of memory in {words}. Tried: {'; '.join(tried)}. Close other programs that use the GPU, or {remedy}. "
+        f"({reason})")
 
 
 def _attempt(run: Callable[[], Tensor]) -> tuple[Tensor | None, str]:
@@ -132,10 +141,11 @@ def _attempt(run: Callable[[], Tensor]) -> tuple[Tensor | None, str]:
 
 
 class HostMemory:
-    """Host memory for one video, pinned where ComfyUI allows it, so that copies run beside the computation."""
+    """Host memory for one video, pinned where there is room for that, so that copies run beside the computation."""
 
     def __init__(self) -> None:
         self._pinned: list[Tensor] = []
+        self._room = PINNED_SHARE * comfy.model_management.get_total_memory(torch.device("cpu"))
 
     def __enter__(self) -> HostMemory:
         return self
@@ -145,7 +155,14 @@ class HostMemory:
             comfy.model_management.unpin_memory(tensor)
 
     def make(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype)
-        if comfy.model_management.pin_memory(tensor):
+        """Raises:
+            OOM_EXCEPTION: the RAM is full.
+        """
+        try:
+            tensor = torch.empty(shape, dtype=dtype)
+        except RuntimeError as error:  # so torch says that there is no RAM
+            raise comfy.model_management.OOM_EXCEPTION(f"out of RAM: {error}") from error
+        if tensor.nbytes <= self._room and comfy.model_management.pin_memory(tensor):
+            self._room -= tensor.nbytes
             self._pinned.append(tensor)
         return tensor

@@ -6,6 +6,7 @@ copy, and a field with smaller rows can grow over one that is read from the top.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,17 @@ from torch import Tensor, nn
 from ..specs import VAESpec
 from .vae_plan import HOST, PARKED, Plan
 
+STRIPS_AHEAD = 2
+
 Rows = tuple[int, int]
 MakeHost = Callable[[tuple[int, ...], torch.dtype], Tensor]
 Checkpoint = Callable[[], None]
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all copies: torch keeps the memory that a stream has used for that stream alone."""
+    return torch.cuda.Stream(device)
 
 
 class HostLink:
@@ -32,7 +41,18 @@ class HostLink:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _side_stream(device) if device.type == "cuda" else None
+        self._begun: deque[tuple[Any, Any]] = deque()
+
+    def keep_pace(self) -> None:
+        """Called once per strip. Lets the program run two strips ahead of the device and no further: what is on its
+        way takes memory."""
+        if self._stream is None:
+            return
+        self._begun.append((torch.cuda.current_stream(self.device).record_event(), self._stream.record_event()))
+        if len(self._begun) > STRIPS_AHEAD:
+            for event in self._begun.popleft():
+                event.synchronize()
 
     def _beside(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
@@ -41,7 +61,7 @@ class HostLink:
         """Begin to copy to the device: the copy, and what ``arrived`` waits for."""
         with self._beside():
             copy = torch.empty(source.shape, dtype=source.dtype, device=self.device)
-            copy.copy_(source, non_blocking=True)
+            copy.copy_(source, non_blocking=self._stream is not None)
             return copy, self._stream.record_event() if self._stream else None
 
     def arrived(self, copy: Tensor, event: Any) -> Tensor:
@@ -60,7 +80,7 @@ class HostLink:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             values.record_stream(self._stream)
         with self._beside():
-            target.copy_(values, non_blocking=True)
+            target.copy_(values, non_blocking=self._stream is not None)
 
     def finish(self) -> None:
         """Wait until the host memory may be given back."""

@@ -60,10 +60,12 @@ def held(module: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tensor,
 
     weight, bias, stream = comfy.ops.cast_bias_weight(module, dtype=dtype, device=device, bias_dtype=dtype,
                                                       offloadable=True)
-    if module.weight.device != device:  # a buffer that the next layer's weights may overwrite
-        weight, bias = weight.clone(), bias if bias is None else bias.clone()
-    comfy.ops.uncast_bias_weight(module, weight, bias, stream)
-    return weight, bias
+    try:
+        if module.weight.device != device or hasattr(module, "_v"):  # memory that the next layer's weights may take
+            return weight.clone(), bias if bias is None else bias.clone()
+        return weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(module, weight, bias, stream)
 
 
 def _segments(frames: int, latents: int) -> list[tuple[slice, slice]]:
@@ -143,6 +145,7 @@ def _window_maker(run: Run, source: Field, parts: list[Rows], how: Windowing,
     def make(part: Rows) -> Tensor:
         nonlocal carried
         run.checkpoint()
+        run.link.keep_pace()
         above = how.zeros_above if carried is None else CARRIED
         bottom = above + (part[1] - part[0]) * how.gain
         below = 1 if part[1] == source.rows else 0
@@ -269,9 +272,12 @@ def _keeper(run: Run, block: Any, places: Places) -> Sink:
     if not hasattr(block, "conv_shortcut"):
         return places.residual.write
     weight, bias = held(block.conv_shortcut, run.device, run.dtype)
+    weight, bias = weight.flatten(1), bias[None, :, None]
 
     def keep(first: int, raw: Tensor) -> None:
-        places.residual.write(first, block.conv_shortcut._conv_forward(raw[None], weight, bias)[0])
+        rows = raw.permute(2, 0, 1, 3).flatten(2)  # ctrw -> rc(tw), as it lies in memory: a convolution would copy it
+        out = torch.baddbmm(bias, weight.expand(rows.shape[0], -1, -1), rows).unflatten(2, (raw.shape[1], -1))
+        places.residual.write(first, out.permute(1, 2, 0, 3))  # rctw -> ctrw
 
     return keep
 

@@ -40,6 +40,7 @@ class Plan:
 
 
 UNSPLIT = Plan()
+SMALLEST = Plan(MIN_ROWS, True, HOST)
 
 
 @dataclass(frozen=True)
@@ -260,14 +261,16 @@ class Strips:
 
 @dataclass(frozen=True)
 class Budget:
-    """Free memory in bytes. free: of the device now; obtainable: if all other models leave it; host: of the RAM.
+    """Free memory in bytes. free: of the device now; host: of the RAM; others: what other models hold on the device,
+    which they take to the RAM when they leave.
 
-    ``obtainable`` is None on a CPU, where host memory is the device's own and nothing is gained by going there.
+    unified: the device's memory is the RAM, as on a CPU, and nothing is gained by going there.
     """
 
     free: float
-    obtainable: float | None
-    host: float
+    host: float = 0.0
+    others: float = 0.0
+    unified: bool = False
 
 
 STRIP_ROWS = (64, 32, 16, 8)  # higher strips need more memory and are not faster
@@ -287,16 +290,18 @@ def choose(memory: Callable[[Plan], Memory], budget: Budget, on_cpu: Plan) -> Pl
     """The fastest plan that fits, or None.
 
     Caches on the device are faster than caches in host memory, and both hardly slower than no limit: they are tried
-    in the free memory first, and then in what is obtainable. What moves more through the host is tried last.
+    in the free memory first, and then in what there is without other models. What moves more through the host is
+    tried last.
     """
-    if budget.obtainable is None:
-        return on_cpu if memory(on_cpu).device <= budget.free else None
+    if budget.unified:
+        lower = [Plan(rows) for rows in STRIP_ROWS if rows < (on_cpu.rows or 0)]
+        return next((plan for plan in (on_cpu, *lower) if memory(plan).device <= budget.free), None)
     fast = [Plan(rows, host_caches) for host_caches in (False, True) for rows in STRIP_ROWS]
     slow = [Plan(rows, True, values) for values in (PARKED, HOST) for rows in STRIP_ROWS]
-    for plans, device in ((fast, budget.free), (fast, budget.obtainable), (slow, budget.obtainable)):
+    for plans, moved in ((fast, 0.0), (fast, budget.others), (slow, budget.others)):
         for plan in plans:
             need = memory(plan)
-            if need.device <= device and need.host <= budget.host:
+            if need.device <= budget.free + moved and (not need.host or need.host + moved <= budget.host):
                 return plan
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cogx.model_loaders import load, vae_ladder
+from cogx.model_loaders import load
 from cogx.model_loaders.text_encoder import encode
 from cogx.models.cogvideox.vae_plan import DEVICE, HOST, PARKED, Budget, Plan
 from cogx.samplers import adapter
@@ -39,7 +39,7 @@ def decode(vae: load.CogVideoXVAE, latent: torch.Tensor, monkeypatch: pytest.Mon
         tried.append(plan)
         return real(z, plan, *args)
 
-    monkeypatch.setattr(vae_ladder, "budget_of", lambda *_: Budget(device, device, 1e12))
+    monkeypatch.setattr(vae, "budget", lambda: Budget(device, host=1e12))
     monkeypatch.setattr(vae.first_stage_model, "decode_chunks", seen)
     return vae.decode_video(latent, "auto")
 

@@ -13,7 +13,7 @@ import torch
 from cogx.model_loaders import vae_ladder
 from cogx.model_loaders.vae import CogVideoXVAE
 from cogx.models.cogvideox.vae_plan import DEVICE, HOST, PARKED, Budget, Memory, Plan, choose, smaller_plans
-from cogx.models.specs import VAESpec
+from cogx.models.specs import SpecError, VAESpec
 
 FIRST = Plan(16)
 # Everything below the first plan, in the order of the ladder.
@@ -99,7 +99,7 @@ def test_then_the_cpu(vae, monkeypatch, caplog, error):
     """As on a GPU, where the CPU is another place."""
     with torch.inference_mode():
         expected = vae.decode_video(latent())
-        tried = limit(monkeypatch, vae, "decode_chunks", lambda z, plan: plan.rows == 40)
+        tried = limit(monkeypatch, vae, "decode_chunks", lambda z, plan: z.shape[4] == 9 and plan.rows == 40)
         monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda _: False)
         monkeypatch.setattr("cogx.model_loaders.vae.cpu_plan", lambda *_: Plan(40))
         found = vae.decode_video(latent(), "auto", (48, 48), 16)
@@ -115,7 +115,7 @@ def test_the_end_says_what_was_tried(vae, monkeypatch, tiling, last):
         vae.decode_video(latent(), tiling, (48, 48), 16)
     words = str(caught.value)
     assert words.startswith("Out of memory in decoding 17 frames of 72x48. Tried: ")
-    assert last in words and "smaller size or fewer frames" in words
+    assert last in words and ("set tiling to auto" if tiling == "off" else "smaller size or fewer frames") in words
     assert words.endswith("(CUDA out of memory. Tried to allocate 2.00 GiB.)")
     assert ("values and caches in host memory" in words) == (tiling == "auto")
 
@@ -188,15 +188,21 @@ def memory(plan: Plan) -> Memory:
                   host)
 
 
-@pytest.mark.parametrize("free, obtainable, host, expected", [
-    (200, 200, 100, Plan(64)), (104, 104, 100, Plan(32)), (60, 60, 100, Plan(64, True)), (41, 41, 100, Plan(8, True)),
-    (30, 30, 100, Plan(32, True, PARKED)), (20, 20, 100, Plan(32, True, HOST)), (10, 10, 100, None),
-    (30, 60, 100, Plan(64, True)), (30, 200, 100, Plan(64)),  # other models leave before the slow ones are taken
-    (50, 200, 100, Plan(64, True)),  # but not for caches on the device
-    (60, 60, 10, None), (60, 200, 10, Plan(64)), (30, 30, 22, None),  # the RAM is full
-    (200, None, 0, Plan(40)), (30, None, 0, None)])
-def test_choice(free, obtainable, host, expected):
-    assert choose(memory, Budget(free, obtainable, host), Plan(40)) == expected
+@pytest.mark.parametrize("free, others, host, expected", [
+    (200, 0, 100, Plan(64)), (104, 0, 100, Plan(32)), (60, 0, 100, Plan(64, True)), (41, 0, 100, Plan(8, True)),
+    (30, 0, 100, Plan(32, True, PARKED)), (20, 0, 100, Plan(32, True, HOST)), (10, 0, 100, None),
+    (30, 30, 100, Plan(64, True)), (30, 170, 100, Plan(64)),  # other models leave before the slow ones are taken
+    (50, 150, 100, Plan(64, True)),  # but not for caches on the device
+    (60, 0, 10, None), (60, 140, 10, Plan(64)), (30, 0, 22, None),  # the RAM is full
+    (30, 30, 49, None)  # where what the others hold goes too
+])
+def test_choice(free, others, host, expected):
+    assert choose(memory, Budget(free, host, others), Plan(40)) == expected
+
+
+@pytest.mark.parametrize("free, expected", [(200, Plan(40)), (103, Plan(16)), (90, None)])
+def test_choice_where_the_memory_is_the_ram(free, expected):
+    assert choose(memory, Budget(free, unified=True), Plan(40)) == expected
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(160), Plan(64), Plan(8, True), Plan(32, True, PARKED)])
@@ -214,12 +220,48 @@ def test_the_budget_counts_what_other_models_hold(monkeypatch):
     class Loaded:
         device = torch.device("cuda", 0)
 
+        def __init__(self, patcher: Any) -> None:
+            self.model = patcher
+
         def model_loaded_memory(self) -> int:
-            return 5 * 10**9
+            return 5 * 10**9 + self.model.extra  # of a dead one there is no model to ask
+
+    class Patcher:
+        model, extra = object(), 0
+
+    class Own(Patcher):
+        model = object()
 
     management = comfy.model_management
     monkeypatch.setattr(management, "get_free_memory", lambda device: 3e9 if device.type == "cuda" else 20e9)
     monkeypatch.setattr(management, "extra_reserved_memory", lambda: 0.5e9)
-    monkeypatch.setattr(management, "current_loaded_models", [Loaded()])
-    assert vae_ladder.budget_of(torch.device("cuda", 0), 0.25e9) == Budget(2.25e9, 7.25e9, 18e9)
-    assert vae_ladder.budget_of(torch.device("cpu")).obtainable is None
+    monkeypatch.setattr(management, "current_loaded_models", [Loaded(Patcher()), Loaded(Own()), Loaded(None)])
+    budget = vae_ladder.budget_of(torch.device("cuda", 0), Own.model, 0.25e9)
+    assert budget == Budget(2.25e9, vae_ladder.RAM_SHARE * 20e9, 5e9)
+    for device in ("cpu", "mps"):
+        assert vae_ladder.budget_of(torch.device(device)).unified
+
+
+def test_what_fits_by_no_estimate_is_tried_all_the_same(vae, monkeypatch, caplog):
+    monkeypatch.setattr(vae_ladder, "choose", lambda *_: None)
+    with torch.inference_mode():
+        tried = limit(monkeypatch, vae, "decode_chunks", lambda *_: True)
+        vae.decode_video(latent())
+    assert tried == [Plan(8, True, HOST)]
+    assert "Memory is short for decoding 17 frames of 72x48" in caplog.text
+
+
+def test_no_ram_is_no_memory(vae, monkeypatch):
+    """The next rung, which needs none, is tried."""
+    def full(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    host = vae_ladder.HostMemory()
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="out of RAM"):
+        host.make((4,), torch.float32)
+
+
+def test_an_empty_latent_is_refused(vae):
+    with pytest.raises(SpecError, match="Expected a CogVideoX latent"):
+        vae.decode_video(torch.zeros(1, 16, 0, 6, 9))
