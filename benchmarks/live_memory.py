@@ -42,7 +42,7 @@ class LiveMemory(TorchDispatchMode):
     """Accounts for what operations allocate while it is active; what existed before (weights, inputs) is not counted.
 
     Attributes:
-        live: bytes alive now. peak: the most that were ever alive at once.
+        live: bytes alive now. peak: the most that were ever alive at once. hosted: bytes that ``host`` has given.
         at_peak: the allocations alive at the peak, the one that reached it last.
     """
 
@@ -50,6 +50,7 @@ class LiveMemory(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.peak = 0
+        self.hosted = 0
         self.at_peak: list[Allocation] = []
         self._alive: dict[int, Allocation] = {}
 
@@ -71,7 +72,9 @@ class LiveMemory(TorchDispatchMode):
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor that stands for host memory, whatever device it is on: it is not counted."""
         with torch._C._DisableTorchDispatch():
-            return torch.empty(shape, dtype=dtype, device="meta")
+            tensor = torch.empty(shape, dtype=dtype, device="meta")
+        self.hosted += tensor.nbytes
+        return tensor
 
     def _count(self, tensor: Tensor, func: Any) -> None:
         storage, key = tensor.untyped_storage(), _key(tensor)

@@ -84,6 +84,20 @@ def test_parts_and_copies_to_the_host() -> None:
         assert memory.live == 0
 
 
+def test_what_stands_for_host_memory_is_counted_apart() -> None:
+    """What is read from it to the device is counted, what is written to it, and its views, are not."""
+    with accounting() as memory:
+        host = memory.host((3, 1024), torch.float32)
+        host[1:].flatten().view(2, -1)[0].copy_(ones(4, "meta"))
+        assert (memory.live, memory.peak, memory.hosted) == (0, 4 * KIB, 12 * KIB)
+        copy = torch.empty(3, 1024, device="meta").copy_(host)
+        assert memory.live == 12 * KIB
+        del copy, host
+        kept = ones(8, "meta")
+        assert memory.live == 8 * KIB and kept is not None
+    assert (memory.peak, memory.hosted) == (12 * KIB, 12 * KIB)
+
+
 def test_what_an_error_holds_is_counted_until_it_is_gone() -> None:
     def fail() -> None:
         kept = ones(8) + 1
