@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +63,11 @@ class LiveMemory(TorchDispatchMode):
             with self:
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
         out = func(*args, **kwargs)
-        before = {_key(t) for t in _tensors((args, kwargs))}
-        for tensor in _tensors(out):
-            if _key(tensor) not in before:
-                self._count(tensor, func)
+        if made := [tensor for tensor in _tensors(out) if _key(tensor) not in self._alive]:
+            before = {_key(t) for t in _tensors((args, kwargs))}
+            for tensor in made:
+                if _key(tensor) not in before:
+                    self._count(tensor, func)
         return out
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -100,7 +101,9 @@ class LiveMemory(TorchDispatchMode):
         return "\n".join(lines)
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def _tensors(tree: Any) -> Iterable[Tensor]:
+    if isinstance(tree, Tensor):
+        return (tree,)
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 

@@ -1,15 +1,15 @@
-"""The memory that this pack asks of ComfyUI against what its networks really hold, at the published sizes in bf16.
+"""The memory that this pack asks of ComfyUI against what its transformers really hold, at the published sizes in bf16.
 
 Measured on the meta device by accounting (benchmarks/live_memory.py): activations that are alive at once. Weights and
 inputs are not counted. Attention counts its output but no matrix of scores, and RoPE its output, as the fused CUDA
-kernels do; workspaces inside kernels are not seen.
+kernels do; workspaces inside kernels are not seen. The VAE: test_vae_memory.py.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ import comfy.model_management
 import pytest
 import torch
 from cogx.benchmarks.live_memory import LiveMemory, accounting
-from cogx.model_loaders.vae import CogVideoXVAE
 from cogx.models.cogvideox import base_model
 from cogx.models.cogvideox.base_model import CogVideoXConfig, CogVideoXModel
-from cogx.models.specs import PUBLISHED, Geometry, ModelSpec, VAESpec
+from cogx.models.specs import PUBLISHED, Geometry, ModelSpec
 from cogx.samplers.adapter import _attention_beside, _TwiceTheVideos
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,34 +108,6 @@ def test_estimate_with_the_features_of_an_inverted_video(model: CogVideoXModel) 
     shape = model_input_shape(sizes_of(model.spec)[0], 2)
     attention = partial(_attention_beside, cuda_attention)
     check(_TwiceTheVideos(model).memory_required((1, *shape[1:])), forward(model, shape, attention))
-
-
-@pytest.fixture(scope="module")
-def vae() -> CogVideoXVAE:
-    with torch.device("meta"):
-        return CogVideoXVAE(VAESpec(), DTYPE)
-
-
-def run_chunks(chunks: Callable[[torch.Tensor], Iterator[Any]], x: torch.Tensor) -> LiveMemory:
-    with accounting() as memory:
-        for chunk in chunks(x):
-            assert chunk.device.type == "meta"
-    return memory
-
-
-NATIVE = [(480, 720, 49), (768, 1360, 81)]
-
-
-@pytest.mark.parametrize("height, width, frames", [*NATIVE, (480, 720, 1), (480, 720, 9), (256, 384, 17)])
-def test_decode_estimate(vae: CogVideoXVAE, height: int, width: int, frames: int) -> None:
-    shape = (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
-    check(vae.memory_used_decode(shape, DTYPE), run_chunks(vae.first_stage_model.decode_chunks, meta(*shape)))
-
-
-@pytest.mark.parametrize("height, width, frames", [*NATIVE, (480, 720, 1), (480, 720, 9), (256, 384, 17)])
-def test_encode_estimate(vae: CogVideoXVAE, height: int, width: int, frames: int) -> None:
-    shape = (1, 3, frames, height, width)
-    check(vae.memory_used_encode(shape, DTYPE), run_chunks(vae.first_stage_model.encode_chunks, meta(*shape)))
 
 
 def test_the_benchmark_reports_them_on_a_cpu(tmp_path: Path) -> None:

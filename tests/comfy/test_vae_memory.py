@@ -35,17 +35,17 @@ def network(spec: VAESpec = PUBLISHED_VAE) -> CogVideoXVAENetwork:
 
 def decode(latent: tuple[int, int, int], plan: Plan, spec: VAESpec = PUBLISHED_VAE) -> LiveMemory:
     """latent: frames, rows, columns."""
-    z = torch.empty(1, 16, *latent, dtype=BF16, device="meta")
+    z, vae = torch.empty(1, 16, *latent, dtype=BF16, device="meta"), network(spec)
     with accounting() as memory:
-        exhaust(network(spec).decode_chunks(z, plan, memory.host))
+        exhaust(vae.decode_chunks(z, plan, memory.host))
     return memory
 
 
 def encode(pixels: tuple[int, int, int], plan: Plan, spec: VAESpec = PUBLISHED_VAE) -> LiveMemory:
     """pixels: frames, rows, columns; they come in fp32, so that the copy of a chunk is counted."""
-    x = torch.empty(1, 3, *pixels, device="meta")
+    x, vae = torch.empty(1, 3, *pixels, device="meta"), network(spec)
     with accounting() as memory:
-        exhaust(network(spec).encode_chunks(x, plan, memory.host, dtype=BF16))
+        exhaust(vae.encode_chunks(x, plan, memory.host, dtype=BF16))
     return memory
 
 

@@ -16,8 +16,10 @@ import comfy.ops
 import pytest
 import torch
 from cogx.model_loaders.detect import model_from_configs, text_from_config, vae_from_config
+from cogx.models.cogvideox import fields
 from cogx.models.cogvideox.transformer import CogVideoXTransformer
 from cogx.models.cogvideox.vae import CogVideoXVAENetwork
+from cogx.models.cogvideox.vae_plan import DEVICE, HOST, PARKED, Plan
 from cogx.scripts.tiny_pipeline import VARIANTS
 from cogx.tests.gpu import references
 from cogx.tests.gpu.references import relative_error
@@ -73,17 +75,27 @@ def vae_pair(dtype: torch.dtype, device: torch.device, rehearsal: bool) -> tuple
 
 
 VAE_DTYPES = [torch.float32, torch.bfloat16]
+VAE_PLANS = [Plan(), Plan(8), Plan(24, True), Plan(16, True, PARKED), Plan(8, True, HOST)]
+
+
+def check_plans(runs: dict[Plan, Tensor], reference: Tensor, theirs: Callable[[], Tensor], dtype: torch.dtype) -> None:
+    low = theirs() if dtype != torch.float32 else reference
+    for plan, ours in runs.items():
+        assert ours.shape == reference.shape, plan
+        check(reference, lambda: low, ours, dtype)
 
 
 @pytest.mark.parametrize("frames", [1, 17])
 @pytest.mark.parametrize("dtype", VAE_DTYPES, ids=str)
 def test_vae_decode(dtype: torch.dtype, frames: int, device: torch.device, rehearsal: bool) -> None:
+    """Under every kind of plan; with values in host memory that CUDA copies beside the computation."""
     reference, ours = vae_pair(dtype, device, rehearsal)
     rows, columns = (8, 12) if rehearsal else (30, 46)
     z = torch.randn(1, 16, (frames - 1) // 4 + 1, rows, columns, generator=torch.Generator().manual_seed(1))
     z = z.to(device, dtype)
     expected = reference.decode(z.float()).sample
-    check(expected, lambda: reference.to(dtype).decode(z).sample, ours.decode(z), dtype)
+    runs = {plan: ours.decode(z, plan) for plan in VAE_PLANS}
+    check_plans(runs, expected, lambda: reference.to(dtype).decode(z).sample, dtype)
 
 
 @pytest.mark.parametrize("frames", [1, 17])
@@ -96,7 +108,40 @@ def test_vae_encode(dtype: torch.dtype, frames: int, device: torch.device, rehea
     x = torch.rand(1, 3, frames, rows, columns, generator=torch.Generator().manual_seed(1)) * 2 - 1
     x = x.to(device, dtype)
     expected = reference.encode(x.float()).latent_dist.mode()
-    check(expected, lambda: reference.to(dtype).encode(x).latent_dist.mode(), ours.encode(x), dtype)
+    runs = {plan: ours.encode(x, plan) for plan in VAE_PLANS}
+    check_plans(runs, expected, lambda: reference.to(dtype).encode(x).latent_dist.mode(), dtype)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("values", [DEVICE, PARKED, HOST])
+def test_copies_beside_the_computation_change_nothing(values: str, pinned: bool, device: torch.device, rehearsal: bool,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefetched on a stream of their own, against copies that the computation waits for: bit by bit, three times."""
+    _, ours = vae_pair(torch.bfloat16, device, rehearsal)
+    plan = Plan(8, True, values)
+    generator = torch.Generator().manual_seed(2)
+    z = torch.randn(1, 16, 5, 8, 12, generator=generator).to(device, torch.bfloat16)
+    x = torch.rand(1, 3, 17, 64, 96, generator=generator).to(device, torch.bfloat16)
+
+    def host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=pinned and not rehearsal)
+
+    def run() -> tuple[Tensor, Tensor]:
+        chunks = (ours.decode_chunks(z, plan, host), ours.encode_chunks(x, plan, host))
+        decoded, encoded = (torch.cat(list(one), dim=2) for one in chunks)
+        return decoded, encoded
+
+    beside = [run() for _ in range(3)]
+    plain = fields.HostLink.__init__
+
+    def no_stream(self: Any, device: torch.device) -> None:
+        plain(self, device)
+        self._stream = None
+
+    monkeypatch.setattr(fields.HostLink, "__init__", no_stream)
+    expected = run()
+    for found in beside:
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", VAE_DTYPES, ids=str)
