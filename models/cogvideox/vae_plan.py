@@ -92,6 +92,11 @@ class Level:
         return self.before + self.channels * (1 + self.shortcut)
 
     @property
+    def hosted(self) -> int:
+        """The same in host memory, where a smaller spare field lies over the input."""
+        return self.before + self.channels * (1 + (self.channels > self.before))
+
+    @property
     def positions(self) -> int:
         return self.frames * self.rows * self.width
 
@@ -126,9 +131,11 @@ def _time_levels(spec: VAESpec) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """What a level of a chunk needs, in bytes: for its fields, its widest strip, what its convolutions remember."""
+    """What a level of a chunk needs, in bytes: for its fields, on the device or in host memory, for its widest strip,
+    and what its convolutions remember."""
 
     fields: int
+    hosted: int
     strip: float
     cached: int
 
@@ -154,7 +161,7 @@ def decode_memory(spec: VAESpec, latent: tuple[int, int, int], value: int, plan:
                 strip = max(strip, strips.grown(below, level))
             ends = 4 * level.channels if not i else level.channels if level is last else 0
             cached = strips.cached(level, spec.layers_per_block + 1, ends)
-            found.append(Step(fields * value, strip, cached))
+            found.append(Step(fields * value, level.positions * level.hosted * value, strip, cached))
         return found
 
     last = decoder_levels(spec, bounds[0][1], *latent[1:])[-1]
@@ -176,7 +183,7 @@ def encode_memory(spec: VAESpec, pixels: tuple[int, int, int], value: int, plan:
                 above = levels[i - 1]
                 fields = max(fields, above.positions * above.channels + level.positions * level.before)
             cached = strips.cached(level, spec.layers_per_block, 5 * level.channels if level is levels[-1] else 0)
-            found.append(Step(fields * value, strips.normed(level), cached))
+            found.append(Step(fields * value, level.positions * level.hosted * value, strips.normed(level), cached))
         return found
 
     first = encoder_levels(spec, bounds[0][1], *pixels[1:])[0]
@@ -191,7 +198,7 @@ def _memory(steps: Callable[[int], list[Step]], bounds: list[tuple[int, int]], e
     ends: bytes of the pixels of a chunk. parked: of what parking puts into host memory; else all fields go there.
     """
     peak, caches, filled, last = 0.0, 0, 0, len(bounds) - 1
-    hosted = sum(step.fields for step in steps(bounds[0][1]))
+    hosted = sum(step.hosted for step in steps(bounds[0][1]))
     for i in sorted({0, min(1, last), last}):
         for step in steps(bounds[i][1] - bounds[i][0]):
             caches += step.cached if i == 0 != last else 0
@@ -235,17 +242,20 @@ class Strips:
         window = c_in * (level.frames + self.history) * (rows + 2) * row
         carried = c_in * (level.frames + self.history) * 2 * row if rows < level.rows else 0
         raw, out = c_in * level.frames * rows * row, level.channels * level.frames * rows * row
-        fetches = hosted or (parks and level.shortcut and not residual)
-        filled = window + (raw if fetches else 0)
+        fetched = raw if hosted or (parks and level.shortcut and not residual) else 0
+        cached = c_in * self.history * rows * row if self.plan.host_caches else 0
+        beside = cached
         if latent:
             scale = level.width // latent[2]
             maps = 2 * c_in * min(latent[0], LATENT_CHUNK + 1) * -(-rows // scale) * latent[2] * FP32
-            filled += maps * (1 + scale if scale > 1 else 1)
+            beside = max(beside, maps * (1 + scale if scale > 1 else 1))
         if parks and not residual:  # what waits is made, and a copy of it leaves
-            filled = max(filled, window + (raw if fetches else 0) + 2 * out)
-        ahead = c_in * self.history * rows * row if self.plan.host_caches else 0
-        ahead += (raw if fetches else 0) + (out if residual and (hosted or parks) else 0)
-        return carried + ahead + max(filled, window + out, out + max(self._fp32(out), out if hosted else 0))
+            beside = max(beside, 2 * out)
+        ahead = 0
+        if rows < level.rows:
+            ahead = cached + fetched + (out if residual and (hosted or parks) else 0)
+        return carried + ahead + max(window + fetched + beside, window + out,
+                                     out + max(self._fp32(out), out if hosted else 0))
 
     def grown(self, below: Level, level: Level) -> float:
         """The upsampling of ``below`` to ``level``."""
