@@ -252,7 +252,7 @@ class Strips:
         if parks and not residual:  # what waits is made, and a copy of it leaves
             beside = max(beside, 2 * out)
         ahead = 0
-        if rows < level.rows:
+        if hosted or rows < level.rows:
             ahead = cached + fetched + (out if residual and (hosted or parks) else 0)
         return carried + ahead + max(window + fetched + beside, window + out,
                                      out + max(self._fp32(out), out if hosted else 0))

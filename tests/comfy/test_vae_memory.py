@@ -127,6 +127,7 @@ def test_estimate_of_an_encode(i: int) -> None:
 def test_estimates_of_other_networks(spec: VAESpec) -> None:
     for plan in (Plan(32), Plan(16, True), Plan(32, True, PARKED), Plan(16, True, HOST)):
         check(decode_memory(spec, (5, 32, 48), 2, plan), decode((5, 32, 48), plan, spec), plan)
+    for plan in (Plan(32), Plan(16, True), Plan(16, True, HOST)):
         check(encode_memory(spec, (17, 256, 384), 2, plan), encode((17, 256, 384), plan, spec), plan)
 
 
