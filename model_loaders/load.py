@@ -76,7 +76,7 @@ def _shapes(tensors: dict[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
     return {key: info.shape for key, info in tensors.items()}
 
 
-def _expected_shapes(network: type[torch.nn.Module], spec: Any) -> dict[str, tuple[int, ...]]:
+def expected_shapes(network: type[torch.nn.Module], spec: Any) -> dict[str, tuple[int, ...]]:
     module = network(spec, torch.float32, "meta", torch.nn)
     return {key: tuple(value.shape) for key, value in module.state_dict().items()}
 
@@ -131,7 +131,7 @@ def find_model(path: Path, variant: str = "auto") -> Component[ModelSpec]:
     # The config is no guide here: diffusers writes a bias that patch_bias denies, and published files lack one.
     network = replace(spec.transformer, patch_bias="patch_embed.proj.bias" in tensors)
     spec = replace(spec, transformer=network)
-    check_shapes(shapes, _expected_shapes(CogVideoXTransformer, network), str(path))
+    check_shapes(shapes, expected_shapes(CogVideoXTransformer, network), str(path))
     return Component(files, prefix, tensors, spec)
 
 
@@ -143,11 +143,11 @@ def find_vae(path: Path) -> Component[VAESpec]:
         spec = detect.vae_from_config(read_json(path / "config.json"), str(path / "config.json"))
     else:
         spec = detect.vae_from_shapes(shapes)
-    check_shapes(shapes, _expected_shapes(CogVideoXVAENetwork, spec), str(path))
+    check_shapes(shapes, expected_shapes(CogVideoXVAENetwork, spec), str(path))
     return Component(files, prefix, tensors, spec)
 
 
-def _expected_text_shapes(spec: TextSpec, found: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def expected_text_shapes(spec: TextSpec, found: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     network = comfy.text_encoders.t5.T5(network_config(spec), torch.float32, "meta", torch.nn)
     shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     if "shared.weight" not in found:  # the same table under its other name
@@ -160,7 +160,7 @@ def find_text_encoder(path: Path) -> Component[TextSpec]:
     files, prefix, tensors = _tensors_of(path)
     shapes = _shapes(tensors)
     from_shapes = detect.text_from_shapes(shapes)
-    check_shapes(shapes, _expected_text_shapes(from_shapes, shapes), str(path))
+    check_shapes(shapes, expected_text_shapes(from_shapes, shapes), str(path))
     if not path.is_dir():
         return Component(files, prefix, tensors, from_shapes)
     spec = detect.text_from_config(read_json(path / "config.json"), str(path / "config.json"))
@@ -174,6 +174,22 @@ def find_text_encoder(path: Path) -> Component[TextSpec]:
 def _patcher_class(disable_dynamic: bool) -> Any:
     # Looked up at call time: main.py rebinds CoreModelPatcher when it turns dynamic VRAM on.
     return comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+
+
+def model_dtypes(config: CogVideoXConfig, weight_dtype: str, parameters: int,
+                 stored: torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtype of a transformer's weights, and the one that it computes in if that is another.
+
+    parameters: how many the network has. stored: the dtype of the file.
+    """
+    management, spec = comfy.model_management, config.spec
+    load_device = management.get_torch_device()
+    dtype = DTYPES.get(weight_dtype) or management.unet_dtype(
+        model_params=parameters, supported_dtypes=config.supported_inference_dtypes, weight_dtype=stored)
+    if dtype == torch.float16 and not spec.fp16_safe:  # only --fp16-unet gets here
+        dtype = torch.bfloat16 if management.should_use_bf16(load_device) else torch.float32
+        log.warning("CogVideoX %s overflows in fp16, so --fp16-unet is not followed: %s instead.", spec.name, dtype)
+    return dtype, management.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes)
 
 
 def load_model(path: str, weight_dtype: str = "auto", quantization: str = "none", variant: str = "auto",
@@ -190,12 +206,7 @@ def load_model(path: str, weight_dtype: str = "auto", quantization: str = "none"
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     parameters = sum(torch.Size(info.shape).numel() for info in component.tensors.values())
-    dtype = DTYPES.get(weight_dtype) or management.unet_dtype(
-        model_params=parameters, supported_dtypes=config.supported_inference_dtypes, weight_dtype=component.dtype)
-    if dtype == torch.float16 and not spec.fp16_safe:  # only --fp16-unet gets here
-        dtype = torch.bfloat16 if management.should_use_bf16(load_device) else torch.float32
-        log.warning("CogVideoX %s overflows in fp16, so --fp16-unet is not followed: %s instead.", spec.name, dtype)
-    manual_cast = management.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes)
+    dtype, manual_cast = model_dtypes(config, weight_dtype, parameters, component.dtype)
     config.set_inference_dtype(dtype, manual_cast)
     model = config.get_model(device=None)
     if not management.is_device_cpu(offload_device):
@@ -242,12 +253,12 @@ def load_text_encoder(path: str, weight_dtype: str = "auto", quantization: str =
     """
     component = find_text_encoder(Path(path))
     clip = make_clip(component.state_dict(), component.spec, tokenizer_folder(Path(path)), max_tokens,
-                     DTYPES.get(weight_dtype) or _text_dtype(component.dtype), disable_dynamic)
+                     DTYPES.get(weight_dtype) or text_dtype(component.dtype), disable_dynamic)
     clip.patcher.cached_patcher_init = (_text_encoder_patcher, (path, weight_dtype, quantization, max_tokens))
     return clip
 
 
-def _text_dtype(stored: torch.dtype) -> torch.dtype:
+def text_dtype(stored: torch.dtype) -> torch.dtype:
     """fp32 files (19 GB in the 1.5 folders) are held in bf16, as the reference runs them; not on a CPU."""
     on_cpu = comfy.model_management.is_device_cpu(comfy.model_management.text_encoder_device())
     return torch.bfloat16 if stored == torch.float32 and not on_cpu else stored

@@ -92,6 +92,8 @@ def _network_class(spec: TextSpec) -> type[comfy.sd1_clip.SD1ClipModel]:
                              model_options=model_options or {})
 
     class CogVideoXTextModel(comfy.sd1_clip.SD1ClipModel):
+        text_spec = spec
+
         def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> None:
             super().__init__(device=device, dtype=dtype, name=CLIP_NAME, clip_model=T5Encoder,
                              model_options=model_options or {})
@@ -114,8 +116,8 @@ def make_clip(state_dict: dict[str, torch.Tensor], spec: TextSpec, tokenizer_fol
                          disable_dynamic=disable_dynamic)
 
 
-def encode(clip: comfy.sd.CLIP, text: str, when_empty: str) -> tuple[list[Any], TokenCount]:
-    """CONDITIONING of a prompt, and how it fits. ``when_empty`` 'zeros' gives the authors' unconditional (FACTS 2.6).
+def tokenizer_of(clip: comfy.sd.CLIP) -> FixedLengthTokenizer:
+    """The tokenizer of a CLIP that ``make_clip`` made.
 
     Raises:
         SpecError: a CLIP of another model family.
@@ -124,6 +126,16 @@ def encode(clip: comfy.sd.CLIP, text: str, when_empty: str) -> tuple[list[Any], 
     if not isinstance(tokenizer, FixedLengthTokenizer):
         raise SpecError(f"Expected the CLIP of a CogVideoX pipeline, got one with {type(tokenizer).__name__}. Load it "
                         "with 'CogVideoX Load Pipeline' or 'CogVideoX Load Text Encoder'.")
+    return tokenizer
+
+
+def encode(clip: comfy.sd.CLIP, text: str, when_empty: str) -> tuple[list[Any], TokenCount]:
+    """CONDITIONING of a prompt, and how it fits. ``when_empty`` 'zeros' gives the authors' unconditional (FACTS 2.6).
+
+    Raises:
+        SpecError: a CLIP of another model family.
+    """
+    tokenizer = tokenizer_of(clip)
     count = tokenizer.count(text)
     if count.dropped:
         log.warning("Prompt of %d tokens cut to %d; dropped from: %r", count.used, count.limit, count.dropped[:80])

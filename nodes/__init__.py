@@ -12,6 +12,7 @@ from .image import ImageSize, ImageToVideo, VideoToVideo
 from .inversion import Inversion
 from .latent import EmptyLatent
 from .load import LoadModel, LoadPipeline, LoadTextEncoder, LoadVAE
+from .memory import MemoryPlan
 from .recovery import LoadLatent
 from .sample import DynamicGuidance, Sampler, SamplerSelect, Scheduler
 from .text import TextEncode
@@ -19,7 +20,7 @@ from .text import TextEncode
 NODES: list[type[io.ComfyNode]] = [
     LoadPipeline, LoadModel, LoadTextEncoder, LoadVAE, TextEncode, EmptyLatent, Sampler, SamplerSelect, Scheduler,
     DynamicGuidance, Decode, ImageToVideo, VideoToVideo, ImageSize, Inversion,
-    LoadLatent,
+    LoadLatent, MemoryPlan,
 ]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import logging
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ import comfy.model_prefetch
 import torch
 from torch import Tensor
 
+from ..smaller import shorter, smaller
 from ..specs import VAE_SPATIAL_RATIO, VAE_TEMPORAL_RATIO, Geometry
 
 log = logging.getLogger("cogx")
@@ -168,29 +168,12 @@ class Ladder:
             return model.memory_required((videos_at_once, channels, frames, *size)) <= free
 
         found = ["a shorter context window"] if in_windows else []
-        for smaller in ([] if in_windows else _shorter(asked), _smaller(asked)):
-            fitting = next(filter(fits, smaller), None)
+        for candidates in ([] if in_windows else shorter(asked), smaller(asked)):
+            fitting = next(filter(fits, candidates), None)
             if fitting is not None:
                 found.append(f"{fitting.frames} frames of {fitting.width}x{fitting.height}")
         remedy = "Close other programs that use the GPU."
         return f"By the estimate this would fit: {' or '.join(found)}. {remedy}" if found else remedy
-
-
-def _shorter(asked: Geometry) -> Iterator[Geometry]:
-    """Fewer frames at the same size, the most first."""
-    step = asked.spec.frame_step
-    for frames in range((asked.frames - 2) // step * step + 1, 1, -step):
-        yield Geometry(asked.spec, asked.width, asked.height, frames)
-
-
-def _smaller(asked: Geometry) -> Iterator[Geometry]:
-    """The same frames at smaller sizes of about the same aspect, the largest first."""
-    if asked.spec.transformer.use_learned_positional_embeddings:  # they know one size
-        return
-    step = asked.spec.size_step
-    for width in range(asked.width - step, 0, -step):
-        height = max(round(asked.height * width / asked.width / step), 1) * step
-        yield Geometry(asked.spec, width, height, asked.frames)
 
 
 def _split(rungs: Rungs, batch: Batch) -> str | None:

@@ -141,17 +141,21 @@ class CogVideoXModel(comfy.model_base.BaseModel):
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = {}) -> float:  # noqa: B006 - the host's signature
         """Bytes that one forward needs beside the weights. input_shape: [B, C, T, H, W], latent."""
-        network = self.spec.transformer
-        patch = network.temporal_patch * network.patch_size**2
-        tokens = math.prod(input_shape[2:]) / patch + self.spec.text_tokens
-        value = comfy.model_management.dtype_size(self.get_dtype_inference())
-        per_token, rope = LIVE_VALUES_PER_TOKEN * value, 0
-        if network.use_rotary_positional_embeddings:
-            rope = 4 * 2 * network.attention_head_dim
-            if not has_rope_kernel():
-                plain = LIVE_VALUES_IN_PLAIN_ROPE * value + FP32_VALUES_IN_PLAIN_ROPE * torch.float32.itemsize
-                per_token = max(per_token, plain)
-        return input_shape[0] * tokens * per_token * network.hidden_size + tokens * rope
+        return forward_memory(self.spec, input_shape, comfy.model_management.dtype_size(self.get_dtype_inference()))
+
+
+def forward_memory(spec: ModelSpec, input_shape: Any, value: int) -> float:
+    """Bytes that one forward needs beside the weights. input_shape: [B, C, T, H, W], latent. value: bytes of one."""
+    network = spec.transformer
+    patch = network.temporal_patch * network.patch_size**2
+    tokens = math.prod(input_shape[2:]) / patch + spec.text_tokens
+    per_token, rope = LIVE_VALUES_PER_TOKEN * value, 0
+    if network.use_rotary_positional_embeddings:
+        rope = 4 * 2 * network.attention_head_dim
+        if not has_rope_kernel():
+            plain = LIVE_VALUES_IN_PLAIN_ROPE * value + FP32_VALUES_IN_PLAIN_ROPE * torch.float32.itemsize
+            per_token = max(per_token, plain)
+    return input_shape[0] * tokens * per_token * network.hidden_size + tokens * rope
 
 
 def has_rope_kernel() -> bool:

@@ -175,7 +175,7 @@ def test_loading_takes_the_weights_once(tmp_path, tiny_pipelines, dtype):
     spec = PUBLISHED["5B"].transformer
     from dataclasses import replace
 
-    shapes = load._expected_shapes(load.CogVideoXTransformer, replace(spec, num_layers=layers))
+    shapes = load.expected_shapes(load.CogVideoXTransformer, replace(spec, num_layers=layers))
     path = tmp_path / "big.safetensors"
     save_file({key: torch.zeros(shape, dtype=load.DTYPES[dtype]) for key, shape in shapes.items()}, path)
     size = path.stat().st_size

@@ -18,13 +18,15 @@ ALLOWED = {"nodes": {"nodes", "model_loaders", "samplers", "models"}, "model_loa
 PURE = {"models/specs.py", "models/noise_schedule.py", "models/cogvideox/positions.py",
         "models/cogvideox/image_condition.py", "models/cogvideox/pixels.py", "model_loaders/detect.py",
         "model_loaders/files.py", "model_loaders/latent_files.py", "model_loaders/recovery_settings.py",
+        "model_loaders/memory_plan.py", "models/smaller.py", "models/cogvideox/vae_plan.py",
         "samplers/schedules.py", "samplers/guidance.py", "samplers/reference.py", "samplers/inversion.py",
         "nodes/validation.py"}
 HOST = ("comfy", "comfy_api", "folder_paths", "server", "latent_preview", "nodes", "execution")
 
 # Start-up imports the nodes: nothing heavy, and no dependency whose absence would stop the pack from loading.
 START_UP = {"__init__.py", *(f"nodes/{f.name}" for f in (ROOT / "nodes").glob("*.py")), "model_loaders/folders.py",
-            "model_loaders/files.py", "models/specs.py", "samplers/schedules.py"}
+            "model_loaders/files.py", "model_loaders/memory_plan.py", "models/smaller.py", "models/specs.py",
+            "models/cogvideox/vae_plan.py", "samplers/schedules.py"}
 LAZY = ("diffusers", "transformers", "accelerate", "safetensors", "einops", "torch")
 
 

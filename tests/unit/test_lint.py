@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 TYPED = ["models.specs", "models.noise_schedule", "models.cogvideox.positions", "models.cogvideox.image_condition",
          "models.cogvideox.pixels", "model_loaders.detect", "model_loaders.files", "model_loaders.latent_files",
-         "model_loaders.recovery_settings", "samplers.schedules", "samplers.guidance", "samplers.inversion",
-         "nodes.validation"]
+         "model_loaders.recovery_settings", "model_loaders.memory_plan", "models.smaller",
+         "samplers.schedules", "samplers.guidance", "samplers.inversion", "nodes.validation"]
 
 
 def run(cwd: Path, *command: str) -> str:
