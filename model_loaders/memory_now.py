@@ -46,6 +46,7 @@ class Network:
     loaded: float
     on_disk: float
     dynamic: bool = False  # ComfyUI's dynamic VRAM holds them
+    module: Any = None
 
     @property
     def dtype(self) -> str:
@@ -54,15 +55,15 @@ class Network:
     def place(self) -> Place:
         """Its device, for it alone."""
         budget = budget_of(self.device)
-        if budget.obtainable is None:  # a CPU, where weights that are read already are in the RAM that is taken
+        if budget.unified:  # a CPU, where weights that are read already are in the RAM that is taken
             return Place("cpu", budget.free + self.weights - self.on_disk, 0, streams=False)
-        return Place(str(self.device), budget.obtainable, comfy.model_management.minimum_inference_memory(),
+        return Place(str(self.device), budget.free + budget.others, comfy.model_management.minimum_inference_memory(),
                      streams=True, yields=self.dynamic)
 
 
 def _loaded(patcher: Any, dtype: torch.dtype, value: int) -> Network:
     return Network(patcher.load_device, dtype, value, patcher.model_size(), patcher.loaded_size(), 0,
-                   patcher.is_dynamic())
+                   patcher.is_dynamic(), patcher.model)
 
 
 def _published(device: torch.device, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]],
@@ -156,8 +157,8 @@ class Run:
 
     def _coding(self, memory: Callable[[Plan], Any], frames: int) -> Coding:
         missing = self.vae.weights - self.vae.loaded
-        budget = budget_of(self.vae.device, missing)
-        if budget.obtainable is None:
+        budget = budget_of(self.vae.device, self.vae.module, missing)
+        if budget.unified:
             budget = replace(budget, free=budget.free - self.vae.on_disk)
         plan = choose(memory, budget, cpu_plan(self.vae_spec, frames))
         return plan_coding(self.vae.weights, memory, plan, SMALLEST, self.vae.dtype, str(self.vae.device))
@@ -181,5 +182,5 @@ class Run:
 
 def _free(devices: set[torch.device]) -> dict[str, dict[str, int]]:
     budgets = {str(device): budget_of(device) for device in sorted(devices, key=str)}
-    return {name: {"free": round(budget.free), "obtainable": round(
-        budget.free if budget.obtainable is None else budget.obtainable)} for name, budget in budgets.items()}
+    return {name: {"free": round(budget.free), "obtainable": round(budget.free + budget.others)}
+            for name, budget in budgets.items()}
