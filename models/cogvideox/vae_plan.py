@@ -179,11 +179,13 @@ def encode_memory(spec: VAESpec, pixels: tuple[int, int, int], value: int, plan:
         levels, found = encoder_levels(spec, frames, *pixels[1:]), []
         for i, level in enumerate(levels):
             fields = level.positions * (level.channels if not i and plan.values == PARKED else level.room)
+            strip = strips.normed(level, parks=not i and plan.values == PARKED)
             if i:  # while it shrinks, both are there
                 above = levels[i - 1]
                 fields = max(fields, above.positions * above.channels + level.positions * level.before)
+                strip = max(strip, strips.shrunk(above, level))
             cached = strips.cached(level, spec.layers_per_block, 5 * level.channels if level is levels[-1] else 0)
-            found.append(Step(fields * value, level.positions * level.hosted * value, strips.normed(level), cached))
+            found.append(Step(fields * value, level.positions * level.hosted * value, strip, cached))
         return found
 
     first = encoder_levels(spec, bounds[0][1], *pixels[1:])[0]
@@ -264,6 +266,14 @@ class Strips:
         out, chosen = below.channels * below.frames * rows * row, below.channels * level.frames * rows * row
         ahead = out // 4 if self.plan.values == HOST else 0
         return ahead + max(window + out, out + chosen, chosen + self._fp32(chosen))
+
+    def shrunk(self, above: Level, level: Level) -> float:
+        """The downsampling of ``above`` to ``level``."""
+        rows = self.rows(above)
+        window = above.channels * level.frames * (rows + 2) * (above.width + 1) * self.value
+        out = above.channels * level.frames * -(-rows // 2) * level.width * self.value
+        ahead = 2 * above.channels * above.frames * rows * above.width * self.value if self.plan.values == HOST else 0
+        return ahead + max(window + out, 2 * out, out + self._fp32(out))
 
     def _fp32(self, values: int) -> int:
         return values // self.value * FP32 if self.value < FP32 else 0
