@@ -7,10 +7,12 @@ from RAM, half of what is loaded at a time. At its end the error says what was t
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import uuid
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
@@ -204,6 +206,29 @@ def _clean_up(model: Any) -> None:
     comfy.model_management.soft_empty_cache()
 
 
+def _easycache_of(options: dict[str, Any]) -> Any:
+    """The state of core's EasyCache, which changes inside a forward; an empty one where a run has none."""
+    cache = options.get("easycache")
+    return cache if hasattr(cache, "first_cond_uuid") else SimpleNamespace()  # LazyCache changes outside
+
+
+def _state_of(cache: Any) -> dict[str, Any]:
+    """What to put back after a failed forward: its dicts, lists and the sum of changes are changed in place."""
+    return {name: copy.copy(value) if isinstance(value, (dict, list)) else
+            value.clone() if isinstance(value, Tensor) and not value.ndim else value
+            for name, value in vars(cache).items()}
+
+
+def _start_anew(cache: Any) -> None:
+    """What EasyCache knows goes by uuid, and videos that run one by one have new ones: none would ever match."""
+    if not vars(cache):
+        return
+    skipped = cache.total_steps_skipped
+    cache.reset()
+    cache.relative_transformation_rate = None  # reset() makes it 0, by which every later step would be skipped
+    cache.total_steps_skipped = skipped
+
+
 def with_ladder(executor: Any, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """OUTER_SAMPLE wrapper: the ladder lives for one run."""
     guider = executor.class_obj
@@ -228,11 +253,16 @@ def apply_model(executor: Any, x: Tensor, t: Tensor, c_concat: Tensor | None = N
     if ladder is None or torch.is_grad_enabled():  # training keeps its activations: splitting would not help
         return executor(*tensors, options, **conds)
     batch = Batch.of(x, options)
+    cache = _easycache_of(options)
     while True:
-        out, reason = _attempt(executor, batch, ladder.on(x.device).split, tensors, options, conds)
+        before, split = _state_of(cache), ladder.on(x.device).split
+        out, reason = _attempt(executor, batch, split, tensors, options, conds)
         if out is not None:
             return out
+        vars(cache).update(before)
         ladder.go_down(executor.class_obj, x, batch, reason)
+        if VIDEOS == ladder.on(x.device).split != split:
+            _start_anew(cache)
 
 
 def _attempt(executor: Any, batch: Batch, split: int, tensors: tuple[Any, ...], options: dict[str, Any],

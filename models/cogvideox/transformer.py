@@ -159,6 +159,10 @@ class FeedForward(nn.Module):
     def down(self, x: Tensor) -> Tensor:
         return self.net[2](x)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """For what calls the module whole; ``Block`` calls the halves, for the memory between them."""
+        return self.down(self.up(x))
+
 
 class Block(nn.Module):
     def __init__(self, spec: TransformerSpec, dtype: Any, device: Any, operations: Any) -> None:
