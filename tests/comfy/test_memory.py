@@ -20,7 +20,7 @@ import pytest
 import torch
 from cogx.benchmarks.live_memory import LiveMemory, accounting
 from cogx.models.cogvideox import base_model
-from cogx.models.cogvideox.base_model import CogVideoXConfig, CogVideoXModel
+from cogx.models.cogvideox.base_model import CogVideoXConfig, CogVideoXModel, has_rope_kernel
 from cogx.models.specs import PUBLISHED, Geometry, ModelSpec
 from cogx.samplers.adapter import _attention_beside, _TwiceTheVideos
 
@@ -93,6 +93,20 @@ def test_transformer_estimate(model: CogVideoXModel, batch: int, size: int) -> N
     """The estimate follows the size: text tokens weigh more in a small clip."""
     shape = model_input_shape(sizes_of(model.spec)[size], batch)
     check(model.memory_required(shape), forward(model, shape), TRANSFORMER_TOLERANCE)
+
+
+@pytest.mark.parametrize("expected, name, state", [
+    (True, "cuda", {}), (False, "eager", {}), (False, "cuda", {"available": False}),
+    (False, "cuda", {"disabled": True}), (False, "cuda", {"capabilities": ["quantize_per_tensor_fp8"]})])
+def test_what_counts_as_a_kernel_for_rope(monkeypatch: pytest.MonkeyPatch, expected: bool, name: str,
+                                          state: dict[str, Any]) -> None:
+    """Read from ComfyUI's list of backends, of which the plain one always knows RoPE."""
+    kitchen = comfy.quant_ops.ck
+    eager = kitchen.list_backends()["eager"]
+    assert eager["available"] and "apply_rope1" in eager["capabilities"]
+    backends = {"eager": eager, name: {**eager, "disabled": False, **state}}
+    monkeypatch.setattr(kitchen, "list_backends", lambda: backends)
+    assert has_rope_kernel() is expected
 
 
 def test_estimate_without_a_kernel_for_rope(model: CogVideoXModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,3 +136,11 @@ def test_block_replacement_and_wrapper_see_the_call(error):
     patched = ours(x, timestep, context, transformer_options=options)
     assert seen == ["wrapper", "block of 120 and 226 tokens"]
     assert torch.equal(patched, ours(x, timestep, context))
+
+
+def test_feed_forward_answers_a_call():
+    """A node pack may call it whole; a block calls its halves."""
+    ours, reference = pair("5B")
+    x = torch.randn(2, 5, ours.spec.hidden_size, generator=torch.Generator().manual_seed(1))
+    expected = reference.transformer_blocks[0].ff(x)
+    assert torch.allclose(ours.transformer_blocks[0].ff(x), expected, atol=1e-6)
