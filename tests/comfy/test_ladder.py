@@ -87,6 +87,23 @@ def with_limit(model: Any, rows: int, failures: int = 10**6) -> tuple[Any, list[
     return before_each_forward(model, check), seen
 
 
+@contextmanager
+def block_limit(model: Any, rows: int, after: int = 0) -> Iterator[list[int]]:
+    """Out of memory inside the network at more than ``rows`` rows, from forward ``after``; and the rows of each."""
+    seen: list[int] = []
+
+    def check(_: Any, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].shape[0])
+        if len(seen) > after and seen[-1] > rows:
+            raise OOM("out of memory")
+
+    handle = model.model.diffusion_model.transformer_blocks[1].register_forward_pre_hook(check)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def run(model: Any, sampler: str = "cogvideox_ddim", count: int = 2, steps: int = 3, cfg: float = 6.0,
         hooks: Any = None) -> Tensor:
     spec, noise = model.model.spec, noise_of(1, count=count)
@@ -208,6 +225,17 @@ def test_the_end_says_what_was_tried_and_what_would_fit(load_tiny, monkeypatch):
     assert run(model, count=1).isfinite().all()
 
 
+def test_the_end_counts_the_references_of_an_inverted_video(load_tiny, monkeypatch):
+    """The network sees two videos for each one of the batch, and the size named fits with both."""
+    model = with_features(load_tiny("1.5-5B"), count=1)
+    free = model.model.memory_required((2, 16, 4, 8, 12))
+    monkeypatch.setattr(type(model), "get_free_memory", lambda *_: free)
+    with pytest.raises(OOM) as caught:
+        run(with_limit(model, 0)[0], count=1)
+    width, height = map(int, re.search(r"fit: 17 frames of (\d+)x(\d+)\. ", str(caught.value)).groups())
+    assert model.model.memory_required((2, 16, 6, height // 8, width // 8)) <= free
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, comfy.model_management.InterruptProcessingException])
 def test_no_other_error_is_tried_again(load_tiny, rungs, kind):
     calls = []
@@ -233,11 +261,8 @@ def test_the_failed_try_leaves_no_tensor(load_tiny):
         if args[0].shape[0] > 1:
             raise OOM("out of memory")
 
-    handle = model.model.diffusion_model.transformer_blocks[1].register_forward_pre_hook(fail)
-    try:
-        run(model, steps=1)
-    finally:
-        handle.remove()
+    model.model.diffusion_model.transformer_blocks[1].register_forward_pre_hook(fail)
+    run(model, steps=1)
     assert left[:4] == [0, 0, 0, 0] and len(alive) == 7
 
 
@@ -249,23 +274,6 @@ def test_attention_guidance_keeps_both_conditions_of_a_video_together(load_tiny,
     limited, seen = with_weights_limit(model, 0.6)
     run(limited, count=1, cfg=1.0)
     assert len(rungs()) == 2, "there was something to split"
-
-
-@contextmanager
-def block_limit(model: Any, rows: int, after: int = 0) -> Iterator[list[int]]:
-    """Out of memory inside the network at more than ``rows`` rows, from forward ``after``; and the rows of each."""
-    seen: list[int] = []
-
-    def check(_: Any, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0].shape[0])
-        if len(seen) > after and seen[-1] > rows:
-            raise OOM("out of memory")
-
-    handle = model.model.diffusion_model.transformer_blocks[1].register_forward_pre_hook(check)
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 @pytest.mark.parametrize("rows, after", [(2, 0), (1, 0), (2, 2), (2, 3)])
@@ -311,27 +319,18 @@ def test_torch_compile(load_tiny, error):
     assert error(run(with_limit(compiled, 1)[0], steps=1), run(model, steps=1)) <= 1e-4
 
 
+def with_features(model: Any, count: int) -> Any:
+    trajectory = adapter.invert(model, conditionings(model)[0], {"samples": noise_of(4, count=count)}, 3)
+    return adapter.with_reference_video(model, trajectory, features=True)
+
+
 @pytest.mark.parametrize("rows", [4, 2])
 def test_features_of_an_inverted_video(load_tiny, error, rows):
     """The network sees a reference beside each row of the batch, and each video its own."""
-    model = load_tiny("1.5-5B")
-    prompts = conditionings(model)
-    video = noise_of(4, count=2)
-    trajectory = adapter.invert(model, prompts[0], {"samples": video}, 3)
-    model = adapter.with_reference_video(model, trajectory, features=True)
+    model = with_features(load_tiny("1.5-5B"), count=2)
     expected = run(model)
-    seen: list[int] = []
-
-    def limit(_: Any, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0].shape[0])
-        if seen[-1] > rows:
-            raise OOM("out of memory")
-
-    handle = model.model.diffusion_model.patch_embed.register_forward_pre_hook(limit)
-    try:
+    with block_limit(model, rows) as seen:
         assert error(run(model), expected) <= SAME
-    finally:
-        handle.remove()
     assert seen[0] == 8 and seen[-1] == rows
 
 
