@@ -7,6 +7,7 @@ the settings of the run. Only files with these settings, under a name as made he
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -15,7 +16,7 @@ import re
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -28,9 +29,11 @@ log = logging.getLogger("cogx")
 METADATA_KEY = "cogx_recovery"
 TENSOR_KEY = "latent_tensor"
 FORMAT_KEY = "latent_format_version_0"  # tells ComfyUI's Load Latent that nothing is scaled
-NAME = re.compile(r"\d{8}-\d{6}(-\d+)?_[\w.-]+_seed\d+(_step\d+)?\.safetensors")
+NAME = re.compile(r"\d{8}-\d{6}(-\d+)?_[\w.-]+_seed-?\d+(_step\d+)?\.safetensors")
 TEMPORARY = re.compile(r"\.\d{8}-\d{6}.*\.safetensors\.\d+\.tmp")
 TEMPORARY_SECONDS = 3600  # older ones belong to a process that died while it wrote
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # what network and FUSE folders without fsync answer
+WAITS = (0.05, 0.2, 0.5, 1.0)  # seconds between attempts to rename
 
 _PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
@@ -114,6 +117,26 @@ def _free_path(folder: Path, run: SavedRun) -> Path:
     return path
 
 
+def _sync(file: BinaryIO) -> None:
+    """Onto the disk, where the folder can do that; elsewhere the file is as safe as that folder makes it."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    """Tried again for a while: on Windows a virus scanner holds new files open for a moment."""
+    for seconds in WAITS:
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            time.sleep(seconds)
+    return os.replace(temporary, path)
+
+
 def write(folder: Path, latent: Tensor, run: SavedRun) -> Path:
     """Write a latent; the file appears whole or not at all, also if the machine stops meanwhile.
 
@@ -129,24 +152,27 @@ def write(folder: Path, latent: Tensor, run: SavedRun) -> Path:
     try:
         with open(temporary, "wb") as file:
             file.write(save(tensors, {METADATA_KEY: json.dumps(asdict(run))}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
+            _sync(file)
+        _rename(temporary, path)
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
     return path
 
 
-def prune(folder: Path, keep: int) -> list[Path]:
-    """Delete all but the newest ``keep`` files that ``write`` made, and what a process left that died in it."""
-    ours = [path for path in list_files(folder) if NAME.fullmatch(path.name) and _is_ours(path)]
+def prune(folder: Path, keep: int, keep_stopped: int | None = None) -> list[Path]:
+    """Delete what ``write`` made except the newest ``keep`` files of complete runs and, counted apart so that they push
+    out no finished render, ``keep_stopped`` (None: as many) of the others; and what a process left that died in it."""
+    files = [path for path in list_files(folder) if NAME.fullmatch(path.name)]
+    complete = {path: run.complete for path in files if (run := _run_or_none(path)) is not None}
+    finished = [path for path in complete if complete[path]]
+    stopped = [path for path in complete if not complete[path]]
     before = time.time() - TEMPORARY_SECONDS
     left = [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)
             and 0 < _modified(path) / 1e9 < before]
     deleted = []
-    for path in ours[keep:] + left:
+    for path in finished[keep:] + stopped[keep if keep_stopped is None else keep_stopped:] + left:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:  # open elsewhere (Windows), or a folder that only adds
@@ -156,12 +182,11 @@ def prune(folder: Path, keep: int) -> list[Path]:
     return deleted
 
 
-def _is_ours(path: Path) -> bool:
+def _run_or_none(path: Path) -> SavedRun | None:
     try:
-        read_run(path)
+        return read_run(path)
     except SpecError:
-        return False
-    return True
+        return None
 
 
 def read_run(path: Path) -> SavedRun:
@@ -215,9 +240,7 @@ def read_latent(path: Path) -> tuple[Tensor, SavedRun]:
 def find(folder: Path, sha256: str) -> Path | None:
     """The newest file that holds the latent of this ``fingerprint``."""
     for path in list_files(folder):
-        try:
-            if read_run(path).sha256 == sha256:
-                return path
-        except SpecError:
-            continue
+        run = _run_or_none(path)
+        if run is not None and run.sha256 == sha256:
+            return path
     return None

@@ -29,8 +29,13 @@ class RecoverySettings:
 
 
 def _number(value: Any, default: float) -> float:
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else default
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return default
+    try:
+        number = float(value)
+    except OverflowError:  # JSON has integers of any length
+        return default
+    return number if math.isfinite(number) else default
 
 
 def from_values(values: Mapping[str, Any]) -> RecoverySettings:

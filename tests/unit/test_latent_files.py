@@ -85,6 +85,41 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, fails):
     assert list(tmp_path.iterdir()) == []
 
 
+def raising(*errors):
+    """A function that raises these in turn, and then does nothing."""
+    left = list(errors)
+
+    def run(*_):
+        if left:
+            raise left.pop(0)
+
+    return run
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_disk_that_cannot_sync_has_the_file(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(latent_files.os, "fsync", raising(OSError(code, "not here")))
+    assert torch.equal(read_latent(write(tmp_path, *made()))[0], made()[0])
+
+
+def test_a_file_that_is_open_elsewhere_is_tried_again(tmp_path, monkeypatch):
+    replace_file, refuse = os.replace, raising(PermissionError("open"), PermissionError("open"))
+    monkeypatch.setattr(latent_files.os, "replace", lambda *paths: (refuse(), replace_file(*paths)))
+    assert read_run(write(tmp_path, *made())) == made()[1]
+    monkeypatch.setattr(latent_files.os, "replace", raising(*[PermissionError("read-only")] * 99))
+    monkeypatch.setattr(latent_files.time, "sleep", lambda seconds: None)
+    with pytest.raises(PermissionError, match="read-only"):
+        write(tmp_path, *made())
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_no_error_leaves_a_temporary_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_files.os, "fsync", raising(MemoryError()))
+    with pytest.raises(MemoryError):
+        write(tmp_path, *made())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_newest_first_and_found_by_content(tmp_path):
     assert list_files(tmp_path / "missing") == []
     old, new = written(tmp_path, 2, 50), written(tmp_path, 1, 5)
@@ -112,6 +147,23 @@ def test_pruning_deletes_only_our_own(tmp_path):
     assert sorted(prune(tmp_path, 2)) == sorted([ours[2], stale])
     assert {file.name for file in tmp_path.iterdir()} == {
         file.name for file in (ours[0], ours[1], renamed, same_name, other, fresh, foreign)}
+
+
+def test_stopped_runs_push_out_no_finished_one(tmp_path):
+    latent, run = made()
+    finished = [written(tmp_path, seed, age=1000) for seed in range(2)]
+    stopped = [write(tmp_path, latent, replace(run, complete=False, step=step)) for step in range(3)]
+    for age, path in enumerate(stopped):
+        os.utime(path, (time.time() - age,) * 2)
+    assert prune(tmp_path, 2) == stopped[2:]
+    assert prune(tmp_path, 2, keep_stopped=1) == stopped[1:2]
+    assert sorted(list_files(tmp_path)) == sorted([*finished, stopped[0]])
+
+
+def test_a_negative_seed_has_a_name_of_ours(tmp_path):
+    latent, run = made()
+    path = write(tmp_path, latent, replace(run, seed=-3))
+    assert path.name.endswith("_seed-3.safetensors") and prune(tmp_path, 0) == [path]
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):
@@ -145,6 +197,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     ({"CogX.Recovery.Enabled": "no", "CogX.Recovery.Keep": None, "CogX.Recovery.MinimumSeconds": float("nan")},
      RecoverySettings()),
     ({"CogX.Recovery.Keep": 0, "CogX.Recovery.MinimumSeconds": -1}, RecoverySettings(True, 1, 0.0)),
+    ({"CogX.Recovery.Keep": 10 ** 400, "CogX.Recovery.MinimumSeconds": -10 ** 400}, RecoverySettings()),
     ({"CogX.Recovery.Keep": 1e9, "CogX.Recovery.MinimumSeconds": True}, RecoverySettings(True, 100, 60.0)),
 ])
 def test_settings(stored, expected):
