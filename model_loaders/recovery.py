@@ -6,11 +6,14 @@ estimate of the video. Errors while decoding name the file. 'CogVideoX Load Late
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
+import inspect
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ log = logging.getLogger("cogx")
 FOLDER = "cogx_recovery"  # below ComfyUI's output folder
 NEWEST = "newest"
 BRING_BACK = "'CogVideoX Load Latent' brings it back."
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def recovery_folder() -> Path:
@@ -56,12 +60,51 @@ def _as_between_nodes(latent: Tensor) -> Tensor:
     return latent.to(device="cpu", dtype=comfy.model_management.intermediate_dtype())
 
 
+@contextlib.contextmanager
+def _costing_nothing(failed: str) -> Iterator[None]:
+    """What goes wrong in here is a warning: neither the render nor an error that is on its way may be lost by it."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - disk, card, RAM, settings, other packs' guiders: anything can fail
+        log.warning("%s: %s: %s", failed, type(error).__name__, error)
+
+
 # --- Saving ---
 
 
 def _sampler_name(sampler: Any) -> str:
     name = getattr(sampler, "name", None) or getattr(getattr(sampler, "sampler_function", None), "__name__", "")
     return str(name).removeprefix("sample_") or type(sampler).__name__
+
+
+def _guidance_scale(guider: Any) -> float | None:
+    """The one scale of a guider, if it has one: others inherit ``cfg`` and never read it."""
+    set_cfg = getattr(guider, "set_cfg", None)
+    if set_cfg is None or "cfg" not in inspect.signature(set_cfg).parameters:
+        return None
+    try:
+        return float(guider.cfg)
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # a list, or a tensor of several
+        return None
+
+
+def _write_and_prune(latent: Tensor, run: SavedRun, keep: int) -> Path:
+    """A full disk is cleared once: of what is stale, and of the oldest file that the new one would push out anyway.
+
+    Raises:
+        OSError: as ``write``.
+    """
+    folder = recovery_folder()
+    try:
+        path = write(folder, latent, run)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        prune(folder, keep - 1 if run.complete else keep, keep_stopped=keep - 1)
+        path = write(folder, latent, run)
+    with _costing_nothing(f"Old latents in {folder} could not be deleted"):
+        prune(folder, keep)
+    return path
 
 
 @dataclass
@@ -72,6 +115,7 @@ class _Recorder:
     sampler: Any
     sigmas: Tensor
     seed: int | None
+    latent_image: Tensor  # what the run began with, as nodes have it
     began: float = field(default_factory=time.monotonic)
     step: int = 0
     estimate: Tensor | None = None  # of the video, at that step: [B, C, T, h, w], as the network sees it
@@ -91,44 +135,47 @@ class _Recorder:
     def _describe(self, latent: Tensor, complete: bool) -> SavedRun:
         model, steps = self.guider.model_patcher.model, len(self.sigmas) - 1
         return SavedRun(
-            model=model.spec.name, fps=model.spec.fps, **pixel_size(latent), seed=self.seed or 0,
+            model=model.spec.name, fps=model.spec.fps, **pixel_size(latent), seed=int(self.seed or 0),
             sampler=_sampler_name(self.sampler), steps=steps, step=steps if complete else self.step, complete=complete,
-            end_sigma=float(self.sigmas[-1]) if complete else 0.0, cfg=getattr(self.guider, "cfg", None),
+            end_sigma=float(self.sigmas[-1]) if complete else 0.0, cfg=_guidance_scale(self.guider),
             dtype=str(model.get_dtype_inference()).removeprefix("torch."),
             seconds=round(time.monotonic() - self.began, 1), saved=time.strftime("%Y-%m-%d %H:%M:%S"),
             sha256=fingerprint(latent), version=pack_version())
 
-    def save(self, latent: Tensor, complete: bool) -> Path | None:
-        """The file with a latent as nodes have it; None if the run was too short, saving is off, or it failed, which
-        must not cost the render."""
-        settings = current_settings()
-        if not (self._renders() and settings.enabled and time.monotonic() - self.began >= settings.minimum_seconds):
-            return None
-        latent = _as_between_nodes(latent)
-        try:
-            path = write(recovery_folder(), latent, self._describe(latent, complete))
-        except OSError as error:
-            log.warning("The sampled latent could not be saved in %s: %s", recovery_folder(), error)
-            return None
-        prune(recovery_folder(), settings.keep)
-        return path
+    def _is_worth_it(self, minimum_seconds: float) -> bool:
+        """Long, or what goes on from a saved latent: a first stage's hour is in the second stage's result."""
+        return time.monotonic() - self.began >= minimum_seconds or find_saved(self.latent_image) is not None
 
-    def save_estimate(self, error: BaseException) -> None:
-        """Save the video as it was at the last step, and say so in the log and in the error."""
+    def save(self, latent: Tensor, complete: bool) -> Path | None:
+        """The file with a latent as nodes have it; None if the run was too short, saving is off, or it failed."""
+        with _costing_nothing(f"The sampled latent could not be saved in {recovery_folder()}"):
+            settings = current_settings()
+            if self._renders() and settings.enabled and self._is_worth_it(settings.minimum_seconds):
+                latent = _as_between_nodes(latent)
+                return _write_and_prune(latent, self._describe(latent, complete), settings.keep)
+        return None
+
+    def _save_estimate(self) -> Path | None:
         if self.estimate is None:
-            return
-        try:
-            latent = self.guider.model_patcher.model.process_latent_out(self.estimate.cpu().float())
-        except RuntimeError as broken:  # an error that leaves the card unusable takes what lies on it along
-            log.warning("The video as it was at step %d could not be saved: %s", self.step, broken)
-            return
-        path = self.save(latent, complete=False)
-        if path is not None:
-            steps = len(self.sigmas) - 1
-            words = f"The video as it was at step {self.step} of {steps} is saved in {path}. {BRING_BACK}"
-            log.info(words)
-            if isinstance(error, Exception):  # an interrupt has no message
-                add_words(error, words)
+            return None
+        with _costing_nothing(f"The video as it was at step {self.step} could not be saved"):
+            # Fails too after an error that leaves the card unusable: what lies on it is lost.
+            return self.save(self.guider.model_patcher.model.process_latent_out(self.estimate.cpu().float()), False)
+        return None
+
+    def stopped(self, error: BaseException) -> None:
+        """Save the video as it was at the last step, and say so in the log and in the error; if there is none, name the
+        file that the run began with."""
+        path = self._save_estimate()
+        words = f"The video as it was at step {self.step} of {len(self.sigmas) - 1} is saved in {path}. {BRING_BACK}"
+        with _costing_nothing("The saved latent could not be named"):
+            if path is None:
+                path = find_saved(self.latent_image)
+                words = f"The latent that this run began with is saved in {path}. {BRING_BACK}"
+            if path is not None:
+                log.info(words)
+                if isinstance(error, Exception):  # an interrupt has no message
+                    add_words(error, words)
 
 
 def save_outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
@@ -136,15 +183,16 @@ def save_outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sample
                       disable_pbar: bool = False, seed: int | None = None, latent_shapes: Any = None) -> Tensor:
     """OUTER_SAMPLE wrapper, the outermost: saves what the sampler returns, [B, C, T, h, w], unscaled.
 
-    If the run is stopped or fails, its last estimate of the video; the error goes on, with the file's name in it.
+    If the run is stopped or fails, its last estimate of the video; the error goes on, with the file's name in it, or
+    with that of the saved latent that the run began with.
     The settings are read at the end of the run, so that a change during a long one counts.
     """
-    run = _Recorder(executor.class_obj, sampler, sigmas, seed)
+    run = _Recorder(executor.class_obj, sampler, sigmas, seed, latent_image)
     try:
         samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, run.watch(callback), disable_pbar, seed,
                            latent_shapes=latent_shapes)
     except (Exception, comfy.model_management.InterruptProcessingException) as error:
-        run.save_estimate(error)
+        run.stopped(error)
         raise
     path = run.save(samples, complete=True)
     if path is not None:
@@ -176,13 +224,10 @@ def find_saved(samples: Tensor) -> Path | None:
 
 
 def _name_saved(error: Exception, samples: Tensor) -> None:
-    try:
+    with _costing_nothing("Whether the latent was saved could not be found out"):
         path = find_saved(samples)
-    except (OSError, RuntimeError) as broken:  # the first error counts: neither disk nor card may hide it
-        log.warning("Whether the latent was saved could not be found out: %s", broken)
-        return
-    if path is not None:
-        add_words(error, f"The sampled latent is saved in {path}. {BRING_BACK}")
+        if path is not None:
+            add_words(error, f"The sampled latent is saved in {path}. {BRING_BACK}")
 
 
 def naming_saved_latent(decode: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -224,8 +269,10 @@ def saved_path(name: str) -> Path:
                     f"{[path.name for path in files]}. {saved}")
 
 
-def saved_fingerprint(name: str) -> str:
-    """Changes when the name means another file or the file changes."""
+def saved_fingerprint(name: str | None) -> str:
+    """Changes when the name means another file or the file changes; each time if the name is not known yet (None)."""
+    if name is None:
+        return str(time.time_ns())
     path = saved_path(name)
     return f"{path.name} {path.stat().st_mtime_ns}"
 

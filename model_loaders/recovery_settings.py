@@ -24,8 +24,8 @@ MOST_KEPT = 100
 @dataclass(frozen=True)
 class RecoverySettings:
     enabled: bool = True
-    keep: int = 5  # files
-    minimum_seconds: float = 60.0  # shorter runs are not saved
+    keep: int = 5  # files of complete runs, and as many of others
+    minimum_seconds: float = 60.0  # shorter runs are not saved, unless they go on from what is
 
 
 def _number(value: Any, default: float) -> float:

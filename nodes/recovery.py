@@ -41,7 +41,7 @@ class LoadLatent(io.ComfyNode):
     def fingerprint_inputs(cls, file: str | None = None) -> str:
         from ..model_loaders.recovery import saved_fingerprint
 
-        return saved_fingerprint(file) if file is not None else ""
+        return saved_fingerprint(file)  # None: linked
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import folder_paths
+import numpy
 import pytest
 import torch
+from cogx.model_loaders import latent_files, recovery
 from cogx.model_loaders.latent_files import list_files, read_latent, read_run
 from cogx.model_loaders.load import load_model, load_vae
-from cogx.model_loaders.recovery import add_words, find_saved, recovery_folder, save_outer_sample
+from cogx.model_loaders.recovery import add_words, find_saved, recovery_folder, save_outer_sample, saved_fingerprint
 from cogx.models.specs import SpecError
 from cogx.samplers import adapter
 from comfy.model_management import InterruptProcessingException
@@ -55,11 +59,12 @@ def random(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 
 
 def sample(model: Any, callback: Any = None, sampler: str = "euler",
-           sigmas: torch.Tensor | None = None) -> torch.Tensor:
+           sigmas: torch.Tensor | None = None, latent: torch.Tensor | None = None) -> torch.Tensor:
     prompt = [[random((1, model.model.spec.text_tokens, 32)), {}]]
     sigmas = adapter.make_sigmas(model, 6, "trailing") if sigmas is None else sigmas
     return comfy.sample.sample_custom(model, random(SHAPE, 1), 3.0, adapter.sampler_object(sampler), sigmas, prompt,
-                                      prompt, torch.zeros(SHAPE), callback=callback, disable_pbar=True, seed=41)
+                                      prompt, torch.zeros(SHAPE) if latent is None else latent, callback=callback,
+                                      disable_pbar=True, seed=41)
 
 
 @pytest.mark.parametrize("sampler, name", [("cogvideox_dpm", "cogvideox_dpm"), ("dpmpp_2m", "dpmpp_2m")])
@@ -155,6 +160,113 @@ def test_only_the_newest_are_kept(models, folder):
     latents = [sample(models["5B"], sigmas=adapter.make_sigmas(models["5B"], steps, "trailing")) for steps in (1, 2, 3)]
     assert [find_saved(latent) is not None for latent in latents] == [False, True, True]
     assert len(list_files(folder)) == 2
+
+
+def fail_with(error: BaseException) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("where", ["current_settings", "_as_between_nodes", "fingerprint", "write", "find",
+                                   "list_files"])
+def test_no_failure_while_saving_costs_the_render_or_its_error(models, vae, folder, monkeypatch, caplog, where):
+    """Whatever it is: no memory, a share that went away. An interrupt stays an interrupt."""
+    store({"CogX.Recovery.MinimumSeconds": 0 if where in ("current_settings", "_as_between_nodes", "fingerprint",
+                                                          "write") else 60})
+    folder.mkdir(parents=True)
+    (folder / "other.safetensors").write_bytes(b"")
+    monkeypatch.setattr(recovery, where, fail_with(MemoryError("none left")))
+    sampled = sample(models["5B"])
+    assert torch.isfinite(sampled).all() and "MemoryError: none left" in caplog.text
+    with pytest.raises(InterruptProcessingException):
+        sample(models["5B"], failing_at(2, InterruptProcessingException(), []))
+    with pytest.raises(ValueError, match=r"^stop$"):
+        sample(models["5B"], failing_at(2, ValueError("stop"), []))
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", fail_with(ValueError("no room")))
+    with pytest.raises(ValueError, match="no room"):
+        vae.decode(sampled)
+
+
+def test_a_folder_that_cannot_be_pruned_has_the_file(models, folder, monkeypatch, caplog):
+    monkeypatch.setattr(recovery, "prune", fail_with(OSError(errno.ESTALE, "Stale file handle")))
+    with pytest.raises(ValueError, match="is saved in"):
+        sample(models["5B"], failing_at(2, ValueError("stop"), []))
+    assert len(list_files(folder)) == 1 and "Stale file handle" in caplog.text
+
+
+def guided(model: Any, guider: Any, prompts: int, seed: Any) -> None:
+    prompt = [[random((1, 226, 32)), {}]]
+    guider.set_conds(*[prompt] * prompts)
+    sigmas = adapter.make_sigmas(model, 2, "trailing")
+    guider.sample(random(SHAPE), torch.zeros(SHAPE), adapter.sampler_object("euler"), sigmas, disable_pbar=True,
+                  seed=seed)
+
+
+def test_guidance_and_seed_are_stored_as_numbers_or_not_at_all(models, folder):
+    """A tensor as scale, a NumPy seed, a negative one; a guider with two scales, which never reads a third."""
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+
+    both, one = Guider_DualCFG(models["5B"]), comfy.samplers.CFGGuider(models["5B"])
+    both.set_cfg(2.0, 3.0)
+    one.set_cfg(torch.tensor(2.5))
+    files = []
+    for guider, prompts, seed, cfg in ((both, 3, numpy.int64(7), None), (one, 2, -7, 2.5)):
+        guided(models["5B"], guider, prompts, seed)
+        file, = set(list_files(folder)) - set(files)
+        files.append(file)
+        assert (read_run(file).cfg, read_run(file).seed) == (cfg, int(seed))
+
+
+def test_a_second_stage_is_worth_as_much_as_the_first(models, folder):
+    """Short as it may be, its result is saved; if it fails before its first estimate, the error names the first."""
+    first = sample(models["5B"], sigmas=adapter.make_sigmas(models["5B"], 6, "trailing")[:4])
+    file, = list_files(folder)
+    store({})
+
+    def second(callback: Any = None, **sampler: Any) -> torch.Tensor:
+        return sample(models["5B"], callback, sigmas=adapter.make_sigmas(models["5B"], 6, "trailing")[3:],
+                      latent=first, **sampler)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models["5B"].model, "apply_model", fail_with(RuntimeError("no room")))
+        with pytest.raises(RuntimeError) as caught:
+            second()
+    assert f"no room The latent that this run began with is saved in {file}. {recovery.BRING_BACK}" in str(caught.value)
+    assert list_files(folder) == [file]
+    assert find_saved(second()) not in (None, file)
+
+
+def test_a_full_disk_is_cleared_once(models, folder, monkeypatch, caplog):
+    store({"CogX.Recovery.MinimumSeconds": 0, "CogX.Recovery.Keep": 2})
+    old, new = (find_saved(sample(models["5B"], sigmas=adapter.make_sigmas(models["5B"], steps, "trailing")))
+                for steps in (1, 2))
+    os.utime(old, (1e9, 1e9))
+    stale = folder / ".20260102-030405_5B_seed0.safetensors.77.tmp"
+    stale.write_bytes(b"")
+    os.utime(stale, (1e9, 1e9))
+    sync = os.fsync
+
+    def full(file: int) -> None:
+        if old.exists() or stale.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr(latent_files.os, "fsync", full)
+    assert find_saved(sample(models["5B"])) is not None and new.exists() and not caplog.records
+    monkeypatch.setattr(latent_files.os, "fsync", fail_with(OSError(errno.ENOSPC, "No space left on device")))
+    sample(models["5B"])
+    assert "No space left" in caplog.text and len(list_files(folder)) == 1
+
+
+def test_a_linked_name_is_looked_up_each_time(models, folder):
+    """ComfyUI asks before it knows the name, and would keep the first answer for ever."""
+    from cogx.nodes.recovery import LoadLatent
+
+    assert len({LoadLatent.fingerprint_inputs(None) for _ in range(3)}) == 3
+    sample(models["5B"])
+    assert saved_fingerprint("newest") == saved_fingerprint("newest") == LoadLatent.fingerprint_inputs("newest")
 
 
 @pytest.mark.parametrize("kind", [torch.cuda.OutOfMemoryError, RuntimeError])
