@@ -4,6 +4,8 @@
     python dev.py test     run the test suite (further arguments go to pytest)
     python dev.py serve    ComfyUI with the pack, for a browser
     python dev.py setup    only set up
+    python dev.py fetch    download a published pipeline, or a part (`fetch NAME --part vae`); alone, the list
+    python dev.py doctor   what your model files are, and what is wrong with them (`doctor PATH`; alone, all)
 
 Everything is kept in the git-ignored folder `.host` (another one: environment variable COGX_HOST);
 deleting it undoes every set-up. A ComfyUI that is already on this machine is read, never written to.
@@ -503,8 +505,8 @@ def test(host: Host, options: argparse.Namespace) -> int:
     oldest = fetch_comfyui(host, OLDEST_VERSION)
     places = {"COGX_HOST": host.root, "COGX_COMFYUI": comfy.tree, "COGX_COMFYUI_OLDEST": oldest.tree}
     environment = {**child_environment(), **{name: str(path) for name, path in places.items()}}
-    chosen = any(Path(argument).parts[:1] == ("tests",) for argument in options.pytest)
-    command = [host.python, "-m", "pytest", *options.pytest, *([] if chosen else ["tests"])]
+    chosen = any(Path(argument).parts[:1] == ("tests",) for argument in options.rest)
+    command = [host.python, "-m", "pytest", *options.rest, *([] if chosen else ["tests"])]
     return wait_for(command, environment)
 
 
@@ -535,7 +537,23 @@ def setup(host: Host, options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"demo": demo, "test": test, "serve": serve, "setup": setup}
+def fetch(host: Host, options: argparse.Namespace) -> int:
+    set_up(host, options.comfyui)
+    command = [host.python, PACK / "scripts" / "fetch.py", "--to", host.models / "diffusers", *options.rest]
+    return wait_for(command, child_environment())
+
+
+def doctor(host: Host, options: argparse.Namespace) -> int:
+    comfy = set_up(host, options.comfyui)
+    command = [host.python, PACK / "scripts" / "doctor.py", "--comfyui", comfy.tree]
+    if comfy.ours:
+        prepare_base_directory(host, comfy)
+        command += ["--base-directory", host.base_directory(comfy.version)]
+    return wait_for([*command, *options.rest], child_environment())
+
+
+COMMANDS = {"demo": demo, "test": test, "serve": serve, "setup": setup, "fetch": fetch, "doctor": doctor}
+PASS_ON = {"test": "pytest", "fetch": "scripts/fetch.py", "doctor": "scripts/doctor.py"}  # get the other arguments
 
 
 def version_number(text: str) -> str:
@@ -557,7 +575,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dev.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    made = {name: commands.add_parser(name, allow_abbrev=False) for name in COMMANDS}
+    made = {name: commands.add_parser(name, allow_abbrev=False, epilog=f"Other arguments go to {PASS_ON[name]}."
+                                      if name in PASS_ON else None) for name in COMMANDS}
     for each in made.values():
         each.add_argument("--comfyui", metavar="VERSION", type=version_number,
                           help=f"a ComfyUI version (default: yours, or else {DEFAULT_VERSION})")
@@ -570,9 +589,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made["serve"].add_argument("--port", type=int, default=8188)
     made["serve"].add_argument("--open", action="store_true", help="open the browser, too")
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "test":
+    if rest and options.command not in PASS_ON:
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    options.pytest = rest
+    options.rest = rest
     return options
 
 
