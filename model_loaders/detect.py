@@ -1,10 +1,12 @@
 """What is in a file: from config.json dicts, or from {key: shape} alone, to a spec.
 
-Pure: no ComfyUI, no torch. File names decide nothing.
+Pure: no ComfyUI, no torch. File names decide nothing. Shapes are by diffusers' keys; ``keys.py`` finds them in every
+other layout.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,6 +26,8 @@ from ..models.specs import (
     nearest_published,
     pick,
 )
+from .families import not_this
+from .keys import TEXT_MARK, TRANSFORMER_MARK, VAE_MARK
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = Mapping[str, Any]
@@ -32,9 +36,8 @@ TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
 VAE_CLASS = "AutoencoderKLCogVideoX"
 FEED_FORWARDS = ("gated-gelu", "relu", "gated-relu")
 TEXT_CLASSES = ("T5EncoderModel", "T5ForConditionalGeneration")
-_TRANSFORMER_MARK = "patch_embed.text_proj.weight"
-_VAE_MARK = "decoder.mid_block.resnets.0.norm1.norm_layer.weight"
-_TEXT_MARK = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+# Bounds for what a damaged file may ask; the published VAE has 4 levels of 3, T5's vocabulary is the longest side.
+MAX_VAE_LEVELS, MAX_VAE_RESNETS, MAX_SIDE = 8, 64, 2**20
 
 
 def check_class(config: Config, expected: str, where: str) -> None:
@@ -58,8 +61,8 @@ def model_from_configs(transformer: Config, vae: Config | None = None, scheduler
     base = nearest_published(network)
     latent = base.latent
     if vae is not None:
-        latent = replace(latent, channels=vae.get("latent_channels", latent.channels),
-                         **pick(LatentSpec, vae, "vae/config.json"))
+        channels = pick(VAESpec, vae, "vae/config.json").get("latent_channels", latent.channels)
+        latent = replace(latent, channels=channels, **pick(LatentSpec, vae, "vae/config.json"))
     schedule = base.schedule
     if scheduler is not None:
         schedule = replace(schedule, **pick(ScheduleSpec, scheduler, "scheduler_config.json"))
@@ -95,6 +98,9 @@ def _check_schedule(schedule: ScheduleSpec) -> None:
 def vae_from_config(config: Config, where: str = "vae/config.json") -> VAESpec:
     check_class(config, VAE_CLASS, where)
     spec = VAESpec(**pick(VAESpec, config, where))
+    if len(spec.block_out_channels) > MAX_VAE_LEVELS or spec.layers_per_block > MAX_VAE_RESNETS:
+        raise SpecError(f"{where}: {len(spec.block_out_channels)} levels of {spec.layers_per_block} blocks are no "
+                        "CogVideoX VAE. Restore the original file.")
     if any(width % spec.norm_num_groups for width in spec.block_out_channels):
         raise SpecError(f"{where}: norm_num_groups {spec.norm_num_groups} does not divide block_out_channels "
                         f"{list(spec.block_out_channels)}. Restore the original file.")
@@ -135,33 +141,50 @@ def check_layer_count(config_layers: int, shapes: Shapes, prefix: str, where: st
                         "The file is incomplete or its config.json belongs to another model; download both again.")
 
 
-def is_transformer(shapes: Shapes) -> bool:
-    return _TRANSFORMER_MARK in shapes
-
-
-def is_vae(shapes: Shapes) -> bool:
-    return _VAE_MARK in shapes
-
-
-def is_text_encoder(shapes: Shapes) -> bool:
-    return _TEXT_MARK in shapes
-
-
 def _count(shapes: Shapes, prefix: str) -> int:
     return len({key[len(prefix):].split(".")[0] for key in shapes if key.startswith(prefix)})
 
 
+def _dims(shapes: Shapes, key: str, *ranks: int) -> tuple[int, ...]:
+    """The shape of ``key``.
+
+    Raises:
+        KeyError: it is not there. SpecError: another number of dimensions than ``ranks``, or an empty one.
+    """
+    shape = shapes[key]
+    if len(shape) not in ranks or 0 in shape or max(shape) > MAX_SIDE:
+        raise SpecError(f"{key}: expected {' or '.join(map(str, ranks))} dimensions, got shape {list(shape)}. The file "
+                        "is damaged or belongs to another model; download it again.")
+    return shape
+
+
+def configs_in_metadata(metadata: Mapping[str, str]) -> dict[str, Config]:
+    """The configs that a single file's metadata holds under ``config``, by component: the JSON of a config.json, or of
+    several by their names (transformer, vae, scheduler). What is not of CogVideoX is left out."""
+    try:
+        found = json.loads(metadata.get("config", ""))
+    except (ValueError, TypeError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    kinds = {TRANSFORMER_CLASS: "transformer", VAE_CLASS: "vae"}
+    if "_class_name" in found:
+        found = {kinds.get(str(found["_class_name"]), "other"): found}
+    configs = {name: value for name, value in found.items() if isinstance(value, dict)}
+    own = {name for name in configs if kinds.get(str(configs[name].get("_class_name"))) == name}
+    return {name: configs[name] for name in configs if name in own or (own and name in ("vae", "scheduler"))}
+
+
 def model_from_shapes(shapes: Shapes, variant: str = "auto") -> ModelSpec:
-    """The model of a transformer's state dict with diffusers' key names.
+    """The model of a transformer's shapes.
 
     ``variant``: 'auto', or the name of the published model whose kind this is, where shapes cannot tell.
 
     Raises:
         SpecError: not a CogVideoX transformer, or a position table of unknown grid.
     """
-    if not is_transformer(shapes):
-        raise SpecError(f"This is not a CogVideoX transformer: expected the key {_TRANSFORMER_MARK}, got "
-                        f"{sorted(shapes)[:3]} ... Choose a transformer file with diffusers' key names.")
+    if TRANSFORMER_MARK not in shapes:
+        raise SpecError(not_this("CogVideoX transformer", TRANSFORMER_MARK, shapes))
     try:
         network = _network_from_shapes(shapes)
     except KeyError as error:
@@ -174,33 +197,49 @@ def model_from_shapes(shapes: Shapes, variant: str = "auto") -> ModelSpec:
 
 
 def _network_from_shapes(shapes: Shapes) -> TransformerSpec:
-    patch = shapes["patch_embed.proj.weight"]
+    patch = _dims(shapes, "patch_embed.proj.weight", 2, 4)
     hidden = patch[0]
-    head_dim = shapes["transformer_blocks.0.attn1.norm_q.weight"][0]
+    head_dim, = _dims(shapes, "transformer_blocks.0.attn1.norm_q.weight", 1)
     patch_size, patch_size_t = (patch[2], None) if len(patch) == 4 else (2, 2)
-    temporal = patch_size_t or 1
-    in_channels = patch[1] if len(patch) == 4 else patch[1] // (patch_size**2 * temporal)
-    learned = "patch_embed.pos_embedding" in shapes
-    heads = hidden // head_dim
-    # Sincos and RoPE models have the same keys and shapes; 2B is the only published sincos one.
-    sincos = patch_size_t is None and not learned and hidden == PUBLISHED["2B"].transformer.hidden_size
-    ofs = shapes.get("ofs_embedding.linear_1.weight")
+    values = patch_size**2 * (patch_size_t or 1)  # of one channel in a token
+    in_channels = patch[1] if len(patch) == 4 else patch[1] // values
+    out_channels = _dims(shapes, "proj_out.weight", 2)[0] // values
+    if hidden % head_dim or out_channels < 1:
+        raise SpecError(f"patch_embed.proj.weight {list(patch)}, norm_q {head_dim}, proj_out "
+                        f"{list(shapes['proj_out.weight'])}: no CogVideoX transformer has these together. The file is "
+                        "damaged or belongs to another model; download it again.")
+    table = "patch_embed.pos_embedding" in shapes
+    ofs = "ofs_embedding.linear_1.weight"
     return TransformerSpec(
-        num_attention_heads=heads,
+        num_attention_heads=hidden // head_dim,
         attention_head_dim=head_dim,
         num_layers=_count(shapes, "transformer_blocks."),
         in_channels=in_channels,
-        out_channels=shapes["proj_out.weight"][0] // (patch_size**2 * temporal),
-        time_embed_dim=shapes["time_embedding.linear_2.weight"][0],
-        text_embed_dim=shapes["patch_embed.text_proj.weight"][1],
-        ofs_embed_dim=ofs[1] if ofs else None,
+        out_channels=out_channels,
+        time_embed_dim=_dims(shapes, "time_embedding.linear_2.weight", 2)[0],
+        text_embed_dim=_dims(shapes, "patch_embed.text_proj.weight", 2)[1],
+        ofs_embed_dim=_dims(shapes, ofs, 2)[1] if ofs in shapes else None,
         patch_size=patch_size,
         patch_size_t=patch_size_t,
         patch_bias="patch_embed.proj.bias" in shapes,
         attention_bias="transformer_blocks.0.attn1.to_q.bias" in shapes,
-        use_rotary_positional_embeddings=not sincos,
-        use_learned_positional_embeddings=learned,
+        use_rotary_positional_embeddings=patch_size_t is not None or not _sincos(hidden, table, in_channels,
+                                                                               out_channels),
+        use_learned_positional_embeddings=table and in_channels > out_channels,
     )
+
+
+def _sincos(hidden: int, table: bool, in_channels: int, out_channels: int) -> bool:
+    """Whether a 1.0 model has sinusoidal positions. The authors' 2B stores them as a table, 5B-I2V a learned one;
+    without a table only the width tells the two kinds apart, and 2B is the only published sinusoidal one."""
+    return in_channels == out_channels if table else hidden == PUBLISHED["2B"].transformer.hidden_size
+
+
+def positions_are_a_guess(network: TransformerSpec, shapes: Shapes) -> bool:
+    """Whether shapes cannot tell sinusoidal from rotary positions: a 1.0 model of no published width, with no table."""
+    widths = {PUBLISHED[name].transformer.hidden_size for name in ("2B", "5B")}
+    return (network.patch_size_t is None and "patch_embed.pos_embedding" not in shapes
+            and network.hidden_size not in widths)
 
 
 def _as_variant(network: TransformerSpec, published: ModelSpec) -> TransformerSpec:
@@ -215,10 +254,11 @@ def _with_native_size(network: TransformerSpec, base: ModelSpec, shapes: Shapes)
     native = base.transformer
     network = replace(network, sample_width=native.sample_width, sample_height=native.sample_height,
                       sample_frames=native.sample_frames, max_text_seq_length=native.max_text_seq_length)
-    table = shapes.get("patch_embed.pos_embedding")
-    if table is not None and table[1] != learned_table_length(network):
-        raise SpecError(f"patch_embed.pos_embedding: expected {learned_table_length(network)} positions "
-                        f"({base.name}), got {table[1]}. Load the pipeline folder, whose config.json says the size.")
+    if network.use_learned_positional_embeddings:
+        found = _dims(shapes, "patch_embed.pos_embedding", 3)[1]
+        if found != learned_table_length(network):
+            raise SpecError(f"patch_embed.pos_embedding: expected {learned_table_length(network)} positions "
+                            f"({base.name}), got {found}. Load the pipeline folder, whose config.json says the size.")
     return network
 
 
@@ -230,14 +270,13 @@ def learned_table_length(network: TransformerSpec) -> int:
 
 
 def vae_from_shapes(shapes: Shapes) -> VAESpec:
-    """The VAE of a state dict with diffusers' key names.
+    """The VAE of these shapes.
 
     Raises:
         SpecError: not a CogVideoX VAE.
     """
-    if not is_vae(shapes):
-        raise SpecError(f"This is not a CogVideoX VAE: expected the key {_VAE_MARK}, got {sorted(shapes)[:3]} ... "
-                        "Choose a VAE file with diffusers' key names.")
+    if VAE_MARK not in shapes:
+        raise SpecError(not_this("CogVideoX VAE", VAE_MARK, shapes))
     try:
         return _vae_from_shapes(shapes)
     except KeyError as error:
@@ -245,16 +284,19 @@ def vae_from_shapes(shapes: Shapes) -> VAESpec:
 
 
 def _vae_from_shapes(shapes: Shapes) -> VAESpec:
-    levels = _count(shapes, "encoder.down_blocks.")
-    widths = tuple(shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight"][0] for i in range(levels))
+    levels, resnets = _count(shapes, "encoder.down_blocks."), _count(shapes, "encoder.down_blocks.0.resnets.")
+    if levels > MAX_VAE_LEVELS or resnets > MAX_VAE_RESNETS:
+        raise SpecError(f"This VAE has {levels} levels of {resnets} blocks: expected the 4 levels of 3 blocks of "
+                        "CogVideoX. The file is damaged or belongs to another model; download it again.")
+    widths = tuple(_dims(shapes, f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight", 5)[0] for i in range(levels))
     # The group count is not in the file: 32 in every published VAE, fewer only where 32 does not divide.
     groups = math.gcd(VAESpec().norm_num_groups, *widths)
     return VAESpec(
-        in_channels=shapes["encoder.conv_in.conv.weight"][1],
-        out_channels=shapes["decoder.conv_out.conv.weight"][0],
+        in_channels=_dims(shapes, "encoder.conv_in.conv.weight", 5)[1],
+        out_channels=_dims(shapes, "decoder.conv_out.conv.weight", 5)[0],
         block_out_channels=widths,
-        latent_channels=shapes["decoder.conv_in.conv.weight"][1],
-        layers_per_block=_count(shapes, "encoder.down_blocks.0.resnets."),
+        latent_channels=_dims(shapes, "decoder.conv_in.conv.weight", 5)[1],
+        layers_per_block=resnets,
         norm_num_groups=groups,
         use_quant_conv="quant_conv.weight" in shapes,
         use_post_quant_conv="post_quant_conv.weight" in shapes,
@@ -262,14 +304,13 @@ def _vae_from_shapes(shapes: Shapes) -> VAESpec:
 
 
 def text_from_shapes(shapes: Shapes) -> TextSpec:
-    """The T5 encoder of a state dict with transformers' key names.
+    """The T5 encoder of shapes by transformers' keys.
 
     Raises:
         SpecError: not a T5 encoder.
     """
-    if not is_text_encoder(shapes):
-        raise SpecError(f"This is not a T5 encoder: expected the key {_TEXT_MARK}, got {sorted(shapes)[:3]} ... "
-                        "Choose a T5-v1.1-XXL encoder file.")
+    if TEXT_MARK not in shapes or TEXT_MARK.replace("block.0", "block.1") in shapes:
+        raise SpecError(not_this("T5 encoder", TEXT_MARK, shapes))
     try:
         return _text_from_shapes(shapes)
     except KeyError as error:
@@ -278,14 +319,15 @@ def text_from_shapes(shapes: Shapes) -> TextSpec:
 
 def _text_from_shapes(shapes: Shapes) -> TextSpec:
     block = "encoder.block.0.layer."
-    heads = shapes[_TEXT_MARK][1]
+    heads = _dims(shapes, TEXT_MARK, 2)[1]
     gated = f"{block}1.DenseReluDense.wi_0.weight" in shapes
-    inner = shapes[f"{block}0.SelfAttention.q.weight"][0]
-    vocab, width = shapes["shared.weight"] if "shared.weight" in shapes else shapes["encoder.embed_tokens.weight"]
+    inner = _dims(shapes, f"{block}0.SelfAttention.q.weight", 2)[0]
+    vocab, width = _dims(shapes, "shared.weight" if "shared.weight" in shapes else "encoder.embed_tokens.weight", 2)
+    feed_forward = _dims(shapes, f"{block}1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight", 2)[0]
     return TextSpec(
         d_model=width,
         d_kv=inner // heads,
-        d_ff=shapes[f"{block}1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight"][0],
+        d_ff=feed_forward,
         num_layers=_count(shapes, "encoder.block."),
         num_heads=heads,
         vocab_size=vocab,

@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 
 from ..models.specs import SpecError
 
-_MAX_HEADER = 100 * 2**20  # the limit of the safetensors format
+_MAX_HEADER = 16 * 2**20  # a CogVideoX file has one of 0.2 MB; the rest is room for workflows in the metadata
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "I64": 64,
+         "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64}
+
+
+SAFETENSORS = (".safetensors", ".sft")
+_STARTS = {b"PK\x03\x04": "torch", b"GGUF": "gguf",
+           **{bytes([0x80, protocol]): "old torch" for protocol in range(2, 6)}}  # a bare pickle
 
 
 class TensorInfo(NamedTuple):
@@ -33,7 +40,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SpecError(f"Missing file: {path}. Download it again, with the whole folder.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except IsADirectoryError:
+        raise SpecError(f"{path} is a folder, not a file. Remove it and download the file.") from None
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"{path} is not valid JSON ({error}). Download it again.") from None
     if not isinstance(value, dict):
         raise SpecError(f"{path}: expected a JSON object, got {type(value).__name__}. Download it again.")
@@ -66,14 +75,60 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         header = json.loads(raw)
         metadata = header.pop("__metadata__", {})
-        tensors = {key: TensorInfo(str(entry["dtype"]), tuple(int(length) for length in entry["shape"]))
-                   for key, entry in header.items()}
+        tensors = {key: _tensor_info(entry) for key, entry in header.items()}
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0) + 8 + len(raw)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):  # whatever else a header may hold
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
         raise SpecError(f"{path}: its header is damaged. Download it again.") from None
     if end != size:
         raise SpecError(f"{path} is truncated: expected {end} bytes, got {size}. Download it again.")
-    return tensors, metadata
+    return tensors, metadata if isinstance(metadata, dict) else {}
+
+
+def _tensor_info(entry: Any) -> TensorInfo:
+    """An entry of a header. ValueError and the like: its shape and its bytes contradict each other."""
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    count = 1
+    for length in shape:
+        count *= length
+    bits = _BITS[dtype] * count
+    whole = all(type(number) is int and number >= 0 for number in (start, end, *shape))
+    if not whole or len(shape) > 8 or bits != 8 * (end - start):
+        raise ValueError(f"{shape} of {dtype} in {start} to {end}")
+    return TensorInfo(dtype, tuple(shape))
+
+
+def kind_of(path: Path) -> str:
+    """What a file is by its first bytes: 'safetensors', 'torch' (a zip), 'old torch', 'gguf', 'other'.
+
+    Raises:
+        SpecError: there is no such file.
+    """
+    try:
+        with open(path, "rb") as file:
+            first = file.read(9)
+    except FileNotFoundError:
+        raise SpecError(f"Missing file: {path}. Download it again, with the whole folder.") from None
+    except IsADirectoryError:
+        raise SpecError(f"{path} is a folder, not a file of weights. Remove it and download the file.") from None
+    if first[8:] == b"{":  # after the length of the header, which is JSON
+        return "safetensors"
+    found = next((kind for start, kind in _STARTS.items() if first.startswith(start)), "other")
+    # What is truncated, or a web page under this name, is better explained by reading it.
+    return "safetensors" if found == "other" and path.suffix in SAFETENSORS else found
+
+
+def readable_kind(path: Path) -> str:
+    """'safetensors', 'torch' or 'gguf'.
+
+    Raises:
+        SpecError: as ``kind_of``; it is none of them.
+    """
+    kind = kind_of(path)
+    if kind not in ("safetensors", "torch", "gguf"):
+        what = "a torch file from before torch 1.6, or another pickle" if kind == "old torch" else "something else"
+        raise SpecError(f"{path}: expected a safetensors, GGUF or torch file, got {what}. Download the safetensors "
+                        "version.")
+    return kind
 
 
 def pipeline_class(folder: Path) -> str:
@@ -92,13 +147,7 @@ def weight_files(folder: Path) -> list[Path]:
     # A variant (model.fp16.safetensors) has one part more in its name: the plain file comes first.
     indexes = sorted(folder.glob("*.safetensors.index.json"), key=lambda file: (file.name.count("."), file.name))
     if indexes:
-        weight_map = read_json(indexes[0]).get("weight_map")
-        names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing or not names:
-            raise SpecError(f"{folder} lacks {missing or 'weights'}, which {indexes[0].name} names. "
-                            "Download the missing files into this folder.")
-        return [folder / name for name in names]
+        return _shards(folder, _names_in(indexes[0]), f"{indexes[0].name} names")
     files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
     plain = [file for file in files if "." not in file.stem]
     if len(plain) == 1:
@@ -112,19 +161,64 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def _names_in(index: Path) -> list[str]:
+    """The files that a shard index names; no paths, which could leave the folder."""
+    weight_map = read_json(index).get("weight_map")
+    names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+    return sorted(name for name in names if Path(name).name == name)
+
+
+def _shards(folder: Path, names: list[str], who: str) -> list[Path]:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        raise SpecError(f"{folder} lacks {missing or 'weights'}, which {who}. "
+                        "Download the missing files into this folder.")
+    return [folder / name for name in names]
+
+
+_NUMBERED_FILE = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.\w+)")
+
+
+def weight_set(path: Path) -> list[Path]:
+    """The files of a component: a folder's, the whole set if ``path`` is one of its shards, or ``path`` alone.
+
+    Raises:
+        SpecError: as ``weight_files``; a shard of the set is missing.
+    """
+    if path.is_dir() or not (path.suffix or path.exists()):  # a part of a pipeline that is not there
+        return weight_files(path)
+    for index in sorted(path.parent.glob("*.index.json")):
+        try:
+            names = _names_in(index)
+        except SpecError:
+            continue  # the index of another model
+        if path.name in names:
+            return _shards(path.parent, names, f"{index.name} names")
+    numbered = _NUMBERED_FILE.fullmatch(path.name)
+    if numbered is None:
+        return [path]
+    start, _, count, end = numbered.groups()
+    names = [f"{start}{number:05}-of-{count}{end}" for number in range(1, min(int(count), 1000) + 1)]
+    return _shards(path.parent, names, f"belong to the same set as {path.name}")
+
+
+def component_folder(path: Path) -> Path | None:
+    """The folder whose config.json belongs to the weights at ``path``: itself, or the one where they lie alone."""
+    if path.is_dir():
+        return path
+    if not (path.parent / "config.json").is_file():
+        return None
+    try:
+        return path.parent if weight_files(path.parent) == weight_set(path) else None
+    except SpecError:
+        return None
+
+
 def fingerprint(path: Path) -> str:
     """Changes when a file below ``path`` (or ``path`` itself) is replaced: names, sizes and times, no content."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     stats = [(file, file.stat()) for file in files if file.exists()]
     return ";".join(f"{file.name},{stat.st_size},{stat.st_mtime_ns}" for file, stat in stats)
-
-
-def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
-    """The tensors of all ``files`` together."""
-    tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        tensors.update(read_header(file)[0])
-    return tensors
 
 
 def main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
@@ -136,21 +230,6 @@ def main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
             count *= length
         sizes[info.dtype] = sizes.get(info.dtype, 0) + count
     return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-_SCALE_SUFFIXES = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale", ".comfy_quant", "scaled_fp8")
-
-
-def check_not_quantized(tensors: Mapping[str, TensorInfo], where: str) -> None:
-    """Refuse weights that mean nothing without their scales.
-
-    Raises:
-        SpecError: the file holds scales of quantized weights.
-    """
-    scales = [key for key in tensors if key.endswith(_SCALE_SUFFIXES)]
-    if scales:
-        raise SpecError(f"{where} is quantized ({scales[0]} and {len(scales) - 1} more scales), which this version "
-                        "cannot read. Expected bf16, fp16 or fp32 weights; download the unquantized file.")
 
 
 # A weight of such a block that the architecture does not have means a shallower config, not a stray tensor.

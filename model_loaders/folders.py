@@ -13,16 +13,20 @@ from pathlib import Path, PurePosixPath
 import folder_paths
 
 from ..models.specs import SpecError
+from .download import RECORD, UNFINISHED
 from .files import pipeline_class
 
 PIPELINE_CATEGORY = "diffusers"
 LEGACY_FOLDER = "CogVideo"  # where people who used other packs have their pipeline folders
 FILE_CATEGORIES = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
 EMBEDDED = Path(__file__).resolve().parent.parent / "demo" / "CogX-Demo"  # its name means no other folder
+# Of what is listed; what it is, its bytes say.
+EXTENSIONS = (".safetensors", ".sft", ".gguf", ".pt", ".pth", ".ckpt", ".bin")
 _MAX_DEPTH = 3
 
 
-def _pipeline_roots() -> list[Path]:
+def pipeline_roots() -> list[Path]:
+    """Where pipeline folders lie."""
     roots = list(folder_paths.get_folder_paths(PIPELINE_CATEGORY))
     roots += folder_paths.folder_names_and_paths.get(LEGACY_FOLDER, ([],))[0]
     roots.append(os.path.join(folder_paths.models_dir, LEGACY_FOLDER))
@@ -34,7 +38,7 @@ def _folders(name: str) -> list[Path]:
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
     if not parts or PurePosixPath(name).is_absolute() or any(p == ".." or ":" in p or "\\" in p for p in parts):
         return []
-    roots = [EMBEDDED.parent] if _means_embedded(parts[0]) else _pipeline_roots()
+    roots = [EMBEDDED.parent] if _means_embedded(parts[0]) else pipeline_roots()
     return [folder for root in roots if _is_folder(folder := root.joinpath(*parts))]
 
 
@@ -49,11 +53,13 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _pipelines_below(root: Path) -> list[str]:
+def _folders_below(root: Path, mark: str = "model_index.json") -> list[str]:
+    """The folders that hold the file ``mark``, as names below ``root``; not those inside each other."""
     names = []
     for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if name != UNFINISHED]
         relative = os.path.relpath(folder, root)
-        if "model_index.json" in files:
+        if mark in files:
             names.append(Path(relative).as_posix())
             subfolders.clear()
         elif relative.count(os.sep) + 1 >= _MAX_DEPTH and relative != ".":
@@ -70,9 +76,39 @@ def _is_cogvideox(folder: Path) -> bool:
 
 def pipeline_names() -> list[str]:
     """Every CogVideoX pipeline folder (one whose model_index.json says so); last the embedded one."""
-    names = {name for root in _pipeline_roots() for name in _pipelines_below(root) if _is_cogvideox(root / name)}
+    names = {name for root in pipeline_roots() for name in _folders_below(root) if _is_cogvideox(root / name)}
     own = [EMBEDDED.name] if _means_embedded(EMBEDDED.name) else []
     return sorted(name for name in names if not _means_embedded(name.split("/")[0])) + own
+
+
+def _partial_names() -> list[str]:
+    """Folders into which single parts of a pipeline were downloaded (``download.py``)."""
+    return sorted({name for root in pipeline_roots() for name in _folders_below(root, RECORD)
+                   if not (root / name / "model_index.json").is_file()})
+
+
+def partial_folders() -> list[Path]:
+    """As ``_partial_names``: the folders themselves."""
+    return [folder for name in _partial_names() for folder in _folders(name)]
+
+
+def download_root(name: str) -> Path:
+    """Where the pipeline ``name`` is downloaded to: where a folder of that name is, else the first folder for
+    pipelines that can be written to.
+
+    Raises:
+        SpecError: there is none.
+    """
+    begun = [root for root in pipeline_roots() if (root / name).is_dir()]
+    roots = [Path(root) for root in folder_paths.get_folder_paths(PIPELINE_CATEGORY)]
+    if begun:
+        return begun[0]
+    for root in roots:
+        existing = next(place for place in (root, *root.parents) if place.exists())
+        if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+            return root
+    raise SpecError(f"None of {[str(root) for root in roots]} can be written to. Change their permissions, or name "
+                    "another folder as 'diffusers' in extra_model_paths.yaml.")
 
 
 def pipeline_path(name: str) -> Path:
@@ -84,16 +120,31 @@ def pipeline_path(name: str) -> Path:
     for folder in _folders(name):
         if (folder / "model_index.json").is_file():
             return folder
-    places = [str(root) for root in _pipeline_roots()]
+    places = [str(root) for root in pipeline_roots()]
     raise SpecError(f"Pipeline folder {str(name)[:80]!r} not found: expected a folder with model_index.json in "
                     f"{places}; found {pipeline_names()}. Put the whole Hugging Face folder there and refresh.")
 
 
 def component_names(component: str) -> list[str]:
-    """Single files of a component, and the component folders of every pipeline ('NAME/transformer')."""
-    files = folder_paths.get_filename_list(FILE_CATEGORIES[component])
+    """Single files of a component, and the component folders of pipelines ('NAME/transformer'), complete or not."""
     folders = [f"{name}/{component}" for name in pipeline_names() if (pipeline_path(name) / component).is_dir()]
-    return [name.replace(os.sep, "/") for name in files if name.endswith(".safetensors")] + folders
+    folders += [f"{name}/{component}" for name in _partial_names() if _folders(f"{name}/{component}")]
+    return file_names(component) + folders
+
+
+def file_names(component: str) -> list[str]:
+    """Single files of a component."""
+    files = dict.fromkeys([*folder_paths.get_filename_list(FILE_CATEGORIES[component]), *_gguf_names(component)])
+    return [name.replace(os.sep, "/") for name in files if name.lower().endswith(EXTENSIONS)]
+
+
+def _gguf_names(component: str) -> list[str]:
+    """GGUF files: ComfyUI's own list leaves them out, as it has no loader for them. There are none of a VAE."""
+    if component == "vae":
+        return []
+    roots = [root for root in folder_paths.get_folder_paths(FILE_CATEGORIES[component]) if os.path.isdir(root)]
+    found = {name for root in roots for name in folder_paths.recursive_search(root, [".git"])[0]}
+    return sorted(name for name in found if name.lower().endswith(".gguf"))
 
 
 def component_path(component: str, name: str) -> Path:
@@ -110,3 +161,33 @@ def component_path(component: str, name: str) -> Path:
     raise SpecError(f"{component} {str(name)[:80]!r} not found: expected a file in "
                     f"{folder_paths.get_folder_paths(category)} or 'PIPELINE/{component}'; found "
                     f"{component_names(component)}. Put the file there and refresh the page.")
+
+
+def free_output_name(prefix: str) -> Path:
+    """A new safetensors file below ComfyUI's output folder, numbered as ComfyUI's own save nodes do.
+
+    Raises:
+        SpecError: it would lie outside the output folder.
+    """
+    output = Path(folder_paths.get_output_directory())
+    target = (output / os.path.normpath(prefix)).resolve()
+    if not target.is_relative_to(output.resolve()) or target == output.resolve():
+        raise SpecError(f"filename_prefix {prefix[:80]!r}: expected a name below {output}, such as "
+                        "diffusion_models/CogVideoX.")
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(output))
+    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+
+
+def lora_path(name: str) -> Path:
+    """The file of a LoRA.
+
+    Raises:
+        SpecError: there is none of this name; says where to put it.
+    """
+    full = folder_paths.get_full_path("loras", name) if isinstance(name, str) else None
+    if full is None:
+        names = folder_paths.get_filename_list("loras")
+        raise SpecError(f"LoRA {str(name)[:80]!r} not found: expected a file in "
+                        f"{folder_paths.get_folder_paths('loras')}; found {len(names)}, such as {names[:5]}. Put the "
+                        "file there and refresh the page.")
+    return Path(full)

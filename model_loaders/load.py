@@ -1,174 +1,37 @@
 """From files to MODEL, CLIP and VAE.
 
-``find_*`` read configs and headers only and say what is wrong; ``load_*`` load. Weights are memory mapped and copied
-straight to their dtype. Each patcher knows how to load itself again (``cached_patcher_init``), which core needs for
-torch.compile, hooks and several GPUs.
+``find_*`` (in ``find.py``) read configs and headers only and say what is wrong; ``load_*`` load. Weights are memory
+mapped and copied straight to their dtype. Each patcher knows how to load itself again (``cached_patcher_init``), which
+core needs for torch.compile, hooks and several GPUs.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
-import comfy.sd
-import comfy.text_encoders.t5
-import comfy.utils
 import torch
 
 from ..models.cogvideox.apply_model import apply_model, with_ladder
 from ..models.cogvideox.base_model import CogVideoXConfig
 from ..models.cogvideox.outer_sample import outer_sample
-from ..models.cogvideox.transformer import CogVideoXTransformer
-from ..models.cogvideox.vae import CogVideoXVAENetwork
-from ..models.specs import PUBLISHED, ModelSpec, SpecError, TextSpec, VAESpec, check_dtype
+from ..models.specs import PUBLISHED, ModelSpec, check_dtype
 from . import detect
-from .files import (
-    TensorInfo,
-    check_not_quantized,
-    check_shapes,
-    main_dtype,
-    pipeline_class,
-    read_headers,
-    read_json,
-    weight_files,
-)
+from .files import read_json
+from .find import Component, check_pipeline, find_model, find_text_encoder, find_vae
+from .quantization import check_quantization, operations, prepared
 from .recovery import save_outer_sample
-from .text_encoder import make_clip, network_config
+from .text_encoder import default_tokenizer_folder, make_clip
 from .vae import CogVideoXVAE
 
 log = logging.getLogger("cogx")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 WRAPPER_KEY, RECOVERY_KEY = "cogx", "cogx_recovery"
-
-SpecT = TypeVar("SpecT", ModelSpec, TextSpec, VAESpec)
-ValueT = TypeVar("ValueT")
-
-
-@dataclass(frozen=True)
-class Component(Generic[SpecT]):
-    """A component on disk that has been looked at: its files, their tensors, and what they are."""
-
-    files: list[Path]
-    prefix: str
-    tensors: dict[str, TensorInfo]  # without the prefix
-    spec: SpecT
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of most of its values; bf16 for plain fp8 and the like."""
-        return _FILE_DTYPES.get(main_dtype(self.tensors), torch.bfloat16)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        state_dict: dict[str, torch.Tensor] = {}
-        for file in self.files:
-            state_dict.update(_without_prefix(comfy.utils.load_torch_file(str(file)), self.prefix))
-        return state_dict
-
-
-def _shapes(tensors: dict[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
-    return {key: info.shape for key, info in tensors.items()}
-
-
-def expected_shapes(network: type[torch.nn.Module], spec: Any) -> dict[str, tuple[int, ...]]:
-    module = network(spec, torch.float32, "meta", torch.nn)
-    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
-
-
-# ComfyUI's ModelSave writes the first; a state dict of a whole MODEL has the second.
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-
-
-def _without_prefix(values: dict[str, ValueT], prefix: str) -> dict[str, ValueT]:
-    return {key[len(prefix):]: value for key, value in values.items() if key.startswith(prefix)}
-
-
-def _tensors_of(path: Path) -> tuple[list[Path], str, dict[str, TensorInfo]]:
-    """The files of a component, the prefix of its keys, and its tensors without it."""
-    if path.suffix and not path.is_dir() and path.suffix != ".safetensors":
-        raise SpecError(f"{path.name}: expected a .safetensors file. Convert it, or download the safetensors version.")
-    files = [path] if path.suffix == ".safetensors" else weight_files(path)
-    tensors = read_headers(files)
-    check_not_quantized(tensors, str(path))
-    prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in tensors)), "")
-    return files, prefix, _without_prefix(tensors, prefix)
-
-
-def check_pipeline(folder: Path) -> None:
-    """Refuse a folder that is not a CogVideoX pipeline.
-
-    Raises:
-        SpecError: its model_index.json names another pipeline.
-    """
-    name = pipeline_class(folder)
-    if not name.startswith("CogVideoX"):
-        raise SpecError(f"{folder}: expected a CogVideoX pipeline, got {name}. Choose another folder.")
-
-
-def find_model(path: Path, variant: str = "auto") -> Component[ModelSpec]:
-    """What the transformer at ``path`` (component folder or file) is. Reads headers only.
-
-    Raises:
-        SpecError: missing, truncated, of another class, or of another shape than its config says.
-    """
-    files, prefix, tensors = _tensors_of(path)
-    shapes = _shapes(tensors)
-    if path.is_dir():
-        sibling = {name: path.parent / name for name in ("vae/config.json", "scheduler/scheduler_config.json")}
-        configs = [read_json(file) if file.is_file() else None for file in sibling.values()]
-        spec = detect.model_from_configs(read_json(path / "config.json"), *configs, where=str(path / "config.json"))
-        if variant not in ("auto", spec.name):
-            raise SpecError(f"variant {variant}: {path / 'config.json'} says {spec.name}. Set variant to auto.")
-        detect.check_layer_count(spec.transformer.num_layers, shapes, "transformer_blocks.", str(path))
-    else:
-        spec = detect.model_from_shapes(shapes, variant)
-    # The config is no guide here: diffusers writes a bias that patch_bias denies, and published files lack one.
-    network = replace(spec.transformer, patch_bias="patch_embed.proj.bias" in tensors)
-    spec = replace(spec, transformer=network)
-    check_shapes(shapes, expected_shapes(CogVideoXTransformer, network), str(path))
-    return Component(files, prefix, tensors, spec)
-
-
-def find_vae(path: Path) -> Component[VAESpec]:
-    """What the VAE at ``path`` is; as ``find_model``."""
-    files, prefix, tensors = _tensors_of(path)
-    shapes = _shapes(tensors)
-    if path.is_dir():
-        spec = detect.vae_from_config(read_json(path / "config.json"), str(path / "config.json"))
-    else:
-        spec = detect.vae_from_shapes(shapes)
-    check_shapes(shapes, expected_shapes(CogVideoXVAENetwork, spec), str(path))
-    return Component(files, prefix, tensors, spec)
-
-
-def expected_text_shapes(spec: TextSpec, found: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    network = comfy.text_encoders.t5.T5(network_config(spec), torch.float32, "meta", torch.nn)
-    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    if "shared.weight" not in found:  # the same table under its other name
-        shapes["encoder.embed_tokens.weight"] = shapes.pop("shared.weight")
-    return shapes
-
-
-def find_text_encoder(path: Path) -> Component[TextSpec]:
-    """What the T5 encoder at ``path`` is; as ``find_model``."""
-    files, prefix, tensors = _tensors_of(path)
-    shapes = _shapes(tensors)
-    from_shapes = detect.text_from_shapes(shapes)
-    check_shapes(shapes, expected_text_shapes(from_shapes, shapes), str(path))
-    if not path.is_dir():
-        return Component(files, prefix, tensors, from_shapes)
-    spec = detect.text_from_config(read_json(path / "config.json"), str(path / "config.json"))
-    for name in ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size"):
-        if getattr(spec, name) != getattr(from_shapes, name):
-            raise SpecError(f"{path}: config.json says {name} {getattr(spec, name)}, the weights "
-                            f"{getattr(from_shapes, name)}. Download the config.json that belongs to them.")
-    return Component(files, prefix, tensors, spec)
 
 
 def _patcher_class(disable_dynamic: bool) -> Any:
@@ -193,26 +56,37 @@ def model_dtypes(config: CogVideoXConfig, weight_dtype: str, parameters: int,
 
 
 def load_model(path: str, weight_dtype: str = "auto", quantization: str = "none", variant: str = "auto",
-               disable_dynamic: bool = False) -> Any:
-    """The MODEL (ModelPatcher) of a transformer folder or file.
+               vae_scale: float = 0.0, disable_dynamic: bool = False) -> Any:
+    """The MODEL (ModelPatcher) of a transformer folder or file. ``vae_scale`` 0: what the files say.
 
     Raises:
-        SpecError: as ``find_model``; or a dtype in which the model overflows.
+        SpecError: as ``find_model`` and ``check_quantization``; or a dtype in which the model overflows.
     """
-    component = find_model(Path(path), variant)
-    spec = component.spec
-    check_dtype(weight_dtype, spec)
-    config = CogVideoXConfig(spec)
+    component = find_model(Path(path), variant, vae_scale)
+    check_dtype(weight_dtype, component.spec)
+    check_quantization(quantization, component.layers)
+    config = CogVideoXConfig(component.spec)
     management = comfy.model_management
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
-    parameters = sum(torch.Size(info.shape).numel() for info in component.tensors.values())
-    dtype, manual_cast = model_dtypes(config, weight_dtype, parameters, component.dtype)
+    dtype, manual_cast = model_dtypes(config, weight_dtype, _parameters(component), component.dtype)
     config.set_inference_dtype(dtype, manual_cast)
+    is_quantized = quantization != "none" or bool(component.layers)
+    if is_quantized:
+        config.custom_operations = operations(dtype)
     model = config.get_model(device=None)
-    if not management.is_device_cpu(offload_device):
+    to_offload = not management.is_device_cpu(offload_device)
+    if to_offload and not is_quantized:
         model.to(offload_device)
     patcher = _patcher_class(disable_dynamic)(model, load_device=load_device, offload_device=offload_device)
-    model.load_model_weights(component.state_dict(), assign=patcher.is_dynamic())
+    if is_quantized or patcher.is_dynamic():
+        # In one call: layers have no weights before it, and what it lacks is missed or filled with zeros.
+        weights = prepared(component.pieces(dtype), "transformer", quantization, dtype)
+        model.diffusion_model.load_state_dict(weights, strict=False, assign=patcher.is_dynamic())
+    else:
+        for batch in component.batches(dtype):
+            model.diffusion_model.load_state_dict(batch, strict=False)
+    if to_offload and is_quantized:
+        model.to(offload_device)  # only now do the quantized layers have weights
     kinds = comfy.patcher_extension.WrappersMP
     # The first is the outermost: what is saved is what nodes get, padding frames and inverted noise dealt with.
     for kind, key, wrapper in ((kinds.OUTER_SAMPLE, RECOVERY_KEY, save_outer_sample),
@@ -220,9 +94,19 @@ def load_model(path: str, weight_dtype: str = "auto", quantization: str = "none"
                                (kinds.OUTER_SAMPLE, WRAPPER_KEY, outer_sample),
                                (kinds.APPLY_MODEL, WRAPPER_KEY, apply_model)):
         patcher.add_wrapper_with_key(kind, key, wrapper)
-    patcher.cached_patcher_init = (load_model, (path, weight_dtype, quantization, variant))
-    log.info("Loaded %s: CogVideoX %s, %s", path, spec.name, str(dtype).removeprefix("torch."))
+    patcher.cached_patcher_init = (load_model, (path, weight_dtype, quantization, variant, vae_scale))
+    made = "" if quantization == "none" else f", quantized to {quantization}"
+    log.info("Loaded %s as %s: %s%s", path, str(dtype).removeprefix("torch."), component.took, made)
     return patcher
+
+
+def _parameters(component: Component[ModelSpec]) -> int:
+    return sum(torch.Size(info.shape).numel() for info in component.tensors.values())
+
+
+def model_dtype(component: Component[ModelSpec]) -> torch.dtype:
+    """What ``auto`` holds the weights in on this machine."""
+    return model_dtypes(CogVideoXConfig(component.spec), "auto", _parameters(component), component.dtype)[0]
 
 
 def tokenizer_folder(text_encoder: Path) -> Path:
@@ -233,7 +117,7 @@ def tokenizer_folder(text_encoder: Path) -> Path:
     beside = text_encoder.parent / "tokenizer"
     if text_encoder.is_dir() and (beside / "tokenizer.json").is_file():
         return beside
-    return Path(comfy.text_encoders.t5.__file__).parent / "t5_tokenizer"
+    return default_tokenizer_folder()
 
 
 def text_tokens_beside(text_encoder: Path) -> int:
@@ -249,12 +133,16 @@ def load_text_encoder(path: str, weight_dtype: str = "auto", quantization: str =
     """The CLIP of a T5 encoder folder or file. ``auto`` keeps a 16 bit file as it is; ComfyUI computes in fp32.
 
     Raises:
-        SpecError: as ``find_text_encoder``.
+        SpecError: as ``find_text_encoder`` and ``check_quantization``.
     """
     component = find_text_encoder(Path(path))
-    clip = make_clip(component.state_dict(), component.spec, tokenizer_folder(Path(path)), max_tokens,
-                     DTYPES.get(weight_dtype) or text_dtype(component.dtype), disable_dynamic)
+    check_quantization(quantization, component.layers)
+    dtype = DTYPES.get(weight_dtype) or text_dtype(component.dtype)
+    layer_types = operations(dtype, full_precision=True) if quantization != "none" or component.layers else None
+    clip = make_clip(prepared(component.pieces(dtype), "text_encoder", quantization, dtype), component.spec,
+                     tokenizer_folder(Path(path)), max_tokens, dtype, disable_dynamic, layer_types)
     clip.patcher.cached_patcher_init = (_text_encoder_patcher, (path, weight_dtype, quantization, max_tokens))
+    log.info("Loaded %s: %s", path, component.took)
     return clip
 
 
@@ -276,8 +164,9 @@ def load_vae(path: str, weight_dtype: str = "auto", disable_dynamic: bool = Fals
     """
     component = find_vae(Path(path))
     vae = CogVideoXVAE(component.spec, DTYPES.get(weight_dtype), disable_dynamic)
-    vae.load(component.state_dict())
+    vae.load(prepared(component.pieces(vae.vae_dtype), "vae", "none", vae.vae_dtype))
     vae.patcher.cached_patcher_init = (_vae_patcher, (path, weight_dtype))
+    log.info("Loaded %s: %s", path, component.took)
     return vae
 
 

@@ -28,7 +28,8 @@ from ..models.cogvideox.vae_plan import (
 )
 from ..models.smaller import nearest_fitting
 from ..models.specs import Geometry, ModelSpec, TextSpec, VAESpec
-from .load import DTYPES, expected_shapes, expected_text_shapes, model_dtypes, text_dtype
+from .find import expected_shapes, expected_text_shapes
+from .load import DTYPES, model_dtypes, text_dtype
 from .memory_plan import Coding, MemoryPlan, Place, Sampling, Stage, plan_coding, plan_sampling, plan_text, text_memory
 from .text_encoder import tokenizer_of
 from .vae import SMALLEST, require_cogvideox
@@ -110,7 +111,7 @@ class Run:
     def _text(self, weight_dtype: str, clip: Any) -> Network:
         if clip is not None:
             self.tokens = tokenizer_of(clip).max_tokens
-            self.text_spec = clip.cond_stage_model.text_spec
+            self.text_spec = getattr(clip.cond_stage_model, "text_spec", TextSpec())  # one of core's is T5-XXL
             dtype = next(clip.cond_stage_model.parameters()).dtype
             return _loaded(clip.patcher, dtype, dtype.itemsize)
         stored = torch.float32 if self.spec.is_v1_5 else torch.bfloat16

@@ -6,6 +6,7 @@ here pads and cuts to a fixed length and parses neither weights nor embeddings.
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import comfy.supported_models_base
 import comfy.text_encoders.t5
 import torch
 
-from ..models.specs import SpecError, TextSpec
+from ..models.specs import PUBLISHED, SpecError, TextSpec
 
 log = logging.getLogger("cogx")
 
@@ -62,6 +63,11 @@ class FixedLengthTokenizer:
         except (OSError, ValueError) as error:
             raise SpecError(f"The tokenizer in {folder} cannot be read ({error}). Download it again.") from error
 
+    def of_length(self, max_tokens: int) -> FixedLengthTokenizer:
+        other = copy.copy(self)
+        other.max_tokens = max_tokens
+        return other
+
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict[str, Any]:
         ids = self.hf(text, padding="max_length", max_length=self.max_tokens, truncation=True)["input_ids"]
         tokens = [(int(i), 1.0, 0) if return_word_ids else (int(i), 1.0) for i in ids]
@@ -102,8 +108,9 @@ def _network_class(spec: TextSpec) -> type[comfy.sd1_clip.SD1ClipModel]:
 
 
 def make_clip(state_dict: dict[str, torch.Tensor], spec: TextSpec, tokenizer_folder: Path, max_tokens: int,
-              dtype: torch.dtype, disable_dynamic: bool = False) -> comfy.sd.CLIP:
-    """A CLIP whose prompts are ``max_tokens`` long. ``state_dict`` has transformers' key names."""
+              dtype: torch.dtype, disable_dynamic: bool = False, operations: Any = None) -> comfy.sd.CLIP:
+    """A CLIP whose prompts are ``max_tokens`` long. ``state_dict`` has transformers' key names; ``operations`` are the
+    layer types of quantized weights."""
     if "shared.weight" not in state_dict and "encoder.embed_tokens.weight" in state_dict:
         state_dict["shared.weight"] = state_dict.pop("encoder.embed_tokens.weight")
     state_dict.pop("encoder.embed_tokens.weight", None)
@@ -112,34 +119,52 @@ def make_clip(state_dict: dict[str, torch.Tensor], spec: TextSpec, tokenizer_fol
         _network_class(spec))
     parameters = sum(t.numel() for t in state_dict.values())
     # A list: ComfyUI loads nothing from a bare dict here.
-    return comfy.sd.CLIP(target, parameters=parameters, state_dict=[state_dict], model_options={"dtype": dtype},
-                         disable_dynamic=disable_dynamic)
+    return comfy.sd.CLIP(target, parameters=parameters, state_dict=[state_dict], disable_dynamic=disable_dynamic,
+                         model_options={"dtype": dtype, "custom_operations": operations})
 
 
-def tokenizer_of(clip: comfy.sd.CLIP) -> FixedLengthTokenizer:
-    """The tokenizer of a CLIP that ``make_clip`` made.
+def default_tokenizer_folder() -> Path:
+    """ComfyUI's own T5 tokenizer, which is that of the published folders."""
+    return Path(comfy.text_encoders.t5.__file__).parent / "t5_tokenizer"
+
+
+def tokenizer_of(clip: comfy.sd.CLIP, max_tokens: int | None = None) -> FixedLengthTokenizer:
+    """What cuts and pads the prompt: the CLIP's own, or one for a T5-XXL that core's loaders made, with 226 tokens.
 
     Raises:
-        SpecError: a CLIP of another model family.
+        SpecError: a CLIP without such an encoder, or one that masks the padding.
     """
-    tokenizer = clip.tokenizer
-    if not isinstance(tokenizer, FixedLengthTokenizer):
-        raise SpecError(f"Expected the CLIP of a CogVideoX pipeline, got one with {type(tokenizer).__name__}. Load it "
-                        "with 'CogVideoX Load Pipeline' or 'CogVideoX Load Text Encoder'.")
-    return tokenizer
+    own = clip.tokenizer
+    if isinstance(own, FixedLengthTokenizer):
+        return own if max_tokens in (None, own.max_tokens) else own.of_length(max_tokens)
+    encoder = getattr(clip.cond_stage_model, CLIP_NAME, None)
+    if encoder is None or not isinstance(encoder.transformer, comfy.text_encoders.t5.T5):
+        raise SpecError(f"Expected the CLIP of a CogVideoX pipeline, or T5-XXL of core's Load CLIP; got one with "
+                        f"{type(own).__name__}. Load it with 'CogVideoX Load Pipeline' or 'CogVideoX Load Text "
+                        "Encoder'.")
+    others = [name for name in ("clip_l", "clip_g", "llama") if getattr(clip.cond_stage_model, name, None) is not None]
+    if others or encoder.enable_attention_masks:
+        reason = f"it joins T5 with {others[0]}" if others else "it masks the padding, which CogVideoX attends to"
+        raise SpecError(f"This CLIP gives another embedding than CogVideoX was trained with: {reason}. Expected T5-XXL "
+                        "alone: in Load CLIP set the type to cogvideox (sd3 and pixart give the same).")
+    return FixedLengthTokenizer(default_tokenizer_folder(), max_tokens or PUBLISHED["5B"].text_tokens)
 
 
-def encode(clip: comfy.sd.CLIP, text: str, when_empty: str) -> tuple[list[Any], TokenCount]:
+def encode(clip: comfy.sd.CLIP, text: str, when_empty: str,
+           max_tokens: int | None = None) -> tuple[list[Any], TokenCount]:
     """CONDITIONING of a prompt, and how it fits. ``when_empty`` 'zeros' gives the authors' unconditional (FACTS 2.6).
+    ``max_tokens`` None: as the CLIP was loaded; 226 for one of core's.
 
     Raises:
         SpecError: a CLIP of another model family.
     """
-    tokenizer = tokenizer_of(clip)
+    tokenizer = tokenizer_of(clip, max_tokens)
     count = tokenizer.count(text)
     if count.dropped:
         log.warning("Prompt of %d tokens cut to %d; dropped from: %r", count.used, count.limit, count.dropped[:80])
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    # SD3's model asks for the tokens of the encoders that it lacks, too.
+    tokens = {"l": [], "g": [], **tokenizer.tokenize_with_weights(text)}
+    conditioning = clip.encode_from_tokens_scheduled(tokens)
     if when_empty == "zeros" and not text.strip():
         conditioning = [[torch.zeros_like(tensor), options] for tensor, options in conditioning]
     return conditioning, count

@@ -8,19 +8,22 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .decode import Decode
+from .download import Download
 from .image import ImageSize, ImageToVideo, VideoToVideo
 from .inversion import Inversion
 from .latent import EmptyLatent
 from .load import LoadModel, LoadPipeline, LoadTextEncoder, LoadVAE
+from .lora import LoadLora
 from .memory import MemoryPlan
 from .recovery import LoadLatent
 from .sample import DynamicGuidance, Sampler, SamplerSelect, Scheduler
+from .save import SaveModel
 from .text import TextEncode
 
 NODES: list[type[io.ComfyNode]] = [
     LoadPipeline, LoadModel, LoadTextEncoder, LoadVAE, TextEncode, EmptyLatent, Sampler, SamplerSelect, Scheduler,
-    DynamicGuidance, Decode, ImageToVideo, VideoToVideo, ImageSize, Inversion,
-    LoadLatent, MemoryPlan,
+    DynamicGuidance, Decode, ImageToVideo, VideoToVideo, ImageSize, Inversion, LoadLatent, MemoryPlan, SaveModel,
+    LoadLora, Download,
 ]
 
 

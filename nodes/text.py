@@ -16,23 +16,27 @@ class TextEncode(io.ComfyNode):
                         "weights. Shows how many tokens the prompt takes; longer ones are cut, with a warning.",
             search_aliases=["CogVideoX prompt", "T5 text encode", "CLIP text encode CogVideoX"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The CLIP of a CogVideoX pipeline."),
+                io.Clip.Input("clip", tooltip="The CLIP of a CogVideoX pipeline, or T5-XXL from core's Load CLIP "
+                              "with the type cogvideox, sd3 or pixart."),
                 io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip="The prompt. Long, detailed "
                                 "descriptions work best; parentheses are read as text."),
                 io.Combo.Input("when_empty", options=["encode", "zeros"], default="encode", tooltip="What an empty "
                                "prompt becomes. encode: the embedding of an empty text, as in diffusers. zeros: "
                                "the zero tensor that the authors trained and sample with."),
+                io.Combo.Input("max_tokens", options=["auto", "226", "224"], default="auto", optional=True,
+                               tooltip="Tokens per prompt: 226 for CogVideoX 1.0, 224 for 1.5 as its authors run it. "
+                               "auto: as the CLIP was loaded; 226 for one of core's Load CLIP."),
             ],
             outputs=[io.Conditioning.Output()],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, clip: io.Clip.Type, text: str, when_empty: str) -> io.NodeOutput:
+    def execute(cls, clip: io.Clip.Type, text: str, when_empty: str, max_tokens: str = "auto") -> io.NodeOutput:
         from server import PromptServer
 
         from ..model_loaders.text_encoder import encode
 
-        conditioning, count = encode(clip, text, when_empty)
+        conditioning, count = encode(clip, text, when_empty, None if max_tokens == "auto" else int(max_tokens))
         PromptServer.instance.send_progress_text(str(count), cls.hidden.unique_id)
         return io.NodeOutput(conditioning, ui={"text": [str(count)]})

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..noise_schedule import alphas_cumprod
 from ..specs import LatentSpec, ModelSpec
 from .image_condition import REFERENCE_KEY, check_image, model_condition
-from .transformer import CogVideoXTransformer
+from .transformer import CogVideoXTransformer, with_published_keys
 
 # ComfyUI's own value for the last cumulative alpha at zero terminal SNR (sigma 4518): a larger sigma costs fp32 digits.
 TERMINAL_ALPHA = 4.8973451890853435e-08
@@ -72,6 +72,9 @@ class CogVideoXConfig(comfy.supported_models_base.BASE):
 
     def get_model(self, state_dict: Any = None, prefix: str = "", device: Any = None) -> CogVideoXModel:
         return CogVideoXModel(self, device=device)
+
+    def process_unet_state_dict_for_saving(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return super().process_unet_state_dict_for_saving(with_published_keys(state_dict))
 
 
 class CogVideoXSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):

@@ -26,6 +26,39 @@ from .positions import rope_grid, rope_matrices, sincos_axes, timestep_embedding
 Grid = tuple[int, int, int]
 
 
+class PositionTable(nn.Module, comfy.ops.CastWeightBiasOp):
+    """Learned positions, [1, tokens, D], as a leaf module: the host patches, merges and streams the ``weight`` of a
+    leaf, and a parameter that lies between modules it does not."""
+
+    def __init__(self, tokens: int, dim: int, dtype: Any, device: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, tokens, dim, dtype=dtype, device=device), requires_grad=False)
+        self.bias = None
+
+    def forward(self, text: Tensor, image: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
+        """Adds the positions. The first ``text_tokens`` of the table are the text's; joined prompts are longer."""
+        table, bias, stream = comfy.ops.cast_bias_weight(self, image, offloadable=True)
+        image = image + table[:, text_tokens:]
+        known = min(text.shape[1], text_tokens)
+        text = torch.cat([text[:, :known] + table[:, :known], text[:, known:]], dim=1)
+        comfy.ops.uncast_bias_weight(self, table, bias, stream)
+        return text, image
+
+
+_TABLE = "patch_embed.pos_embedding"  # as published; the leaf's parameter adds .weight
+
+
+def _take_published_table(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    if prefix + "pos_embedding" in state_dict:
+        state_dict[prefix + "pos_embedding.weight"] = state_dict.pop(prefix + "pos_embedding")
+
+
+def with_published_keys(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The network's state dict as files have it; loading takes both."""
+    return {key[:-len(".weight")] if key.endswith(_TABLE + ".weight") else key: value
+            for key, value in state_dict.items()}
+
+
 class PatchEmbed(nn.Module):
     """Latent and text to tokens; adds the sincos or learned positions of the models that have them."""
 
@@ -42,7 +75,8 @@ class PatchEmbed(nn.Module):
         if spec.use_learned_positional_embeddings:
             grid = self.native_grid()
             length = spec.max_text_seq_length + grid[0] * grid[1] * grid[2]
-            self.pos_embedding = nn.Parameter(torch.empty(1, length, dim, **factory), requires_grad=False)
+            self.pos_embedding = PositionTable(length, dim, **factory)
+            self.register_load_state_dict_pre_hook(_take_published_table)
 
     def native_grid(self) -> Grid:
         spec = self.spec
@@ -60,10 +94,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor, context: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         text, image = self.text_proj(context), self.patches(x)
         if self.spec.use_learned_positional_embeddings and grid == self.native_grid():
-            table = comfy.ops.cast_to_input(self.pos_embedding, image)
-            image = image + table[:, self.spec.max_text_seq_length:]
-            known = min(text.shape[1], self.spec.max_text_seq_length)  # joined prompts are longer than the table's part
-            text = torch.cat([text[:, :known] + table[:, :known], text[:, known:]], dim=1)
+            text, image = self.pos_embedding(text, image, self.spec.max_text_seq_length)
         elif self.spec.use_learned_positional_embeddings or not self.spec.use_rotary_positional_embeddings:
             image = self._add_sincos(image, grid)
         return text, image

@@ -261,3 +261,31 @@ def test_batch_equals_one_by_one(server, saved_latent, error, variant):
     graph["4"]["inputs"]["batch_size"] = 2
     batch = saved_latent(server, server.run(graph))
     assert error(batch[:1], single) <= 1e-4 and error(batch[1:], single) > 0.1
+
+
+def test_core_merges_reach_the_learned_positions(tiny_pipelines):
+    """Core's own merge node, and its LoRA loader with a difference of the table; saved under the published key."""
+    import comfy.lora
+    import comfy.sd
+    from cogx.model_loaders.load import load_model
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    key = "diffusion_model.patch_embed.pos_embedding.weight"
+    one, two = (load_model(str(tiny_pipelines / "5B-I2V" / "transformer"), "fp32") for _ in range(2))
+    table = one.model.diffusion_model.patch_embed.pos_embedding.weight
+    before = table.clone()
+    two.model.diffusion_model.patch_embed.pos_embedding.weight.data.fill_(1.0)
+    merged, = ModelMergeSimple().merge(one, two, 0.25)
+    merged.patch_model()
+    after = merged.model.diffusion_model.patch_embed.pos_embedding.weight
+    assert torch.allclose(after, 0.25 * before + 0.75, atol=1e-6)
+    saved = merged.state_dict_for_saving()
+    assert torch.allclose(saved["model.diffusion_model.patch_embed.pos_embedding"], after)
+    assert not any(name.endswith("pos_embedding.weight") for name in saved)
+    merged.unpatch_model()
+    difference = {"diffusion_model.patch_embed.pos_embedding.diff": torch.ones_like(before)}
+    patched, _ = comfy.sd.load_lora_for_models(one, None, difference, 0.5, 0)
+    assert list(patched.patches) == [key]
+    patched.patch_model()
+    assert torch.allclose(patched.model.diffusion_model.patch_embed.pos_embedding.weight, before + 0.5, atol=1e-6)
+    patched.unpatch_model()

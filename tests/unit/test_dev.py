@@ -439,3 +439,18 @@ def test_children_do_not_inherit_foreign_paths(dev, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.sep)
     monkeypatch.setenv("GIT_DIR", os.sep)
     assert not {"PYTHONPATH", "GIT_DIR"} & dev.child_environment().keys()
+
+
+@pytest.mark.parametrize("command", ["fetch", "doctor"])
+def test_fetch_and_doctor_run_their_script_in_the_host(dev, host, monkeypatch, command):
+    comfy = dev.Comfy(Path("tree"), "0.30.0", ours=True)
+    monkeypatch.setattr(dev, "set_up", lambda host, version: comfy)
+    monkeypatch.setattr(dev, "prepare_base_directory", lambda host, comfy: None)
+    calls = []
+    monkeypatch.setattr(dev, "wait_for", lambda command, environment: calls.append(command) or 3)
+    assert dev.COMMANDS[command](host, dev.parse([command, "CogVideoX-5b", "--part", "vae"])) == 3
+    own = {"fetch": ["--to", host.models / "diffusers"],
+           "doctor": ["--comfyui", Path("tree"), "--base-directory", host.base_directory("0.30.0")]}[command]
+    script = dev.PACK / "scripts" / f"{command}.py"
+    assert script.is_file()
+    assert calls == [[host.python, script, *own, "CogVideoX-5b", "--part", "vae"]]

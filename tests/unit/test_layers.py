@@ -17,17 +17,21 @@ ALLOWED = {"nodes": {"nodes", "model_loaders", "samplers", "models"}, "model_loa
 # Pure files test without ComfyUI and without a GPU.
 PURE = {"models/specs.py", "models/noise_schedule.py", "models/cogvideox/positions.py",
         "models/cogvideox/image_condition.py", "models/cogvideox/pixels.py", "model_loaders/detect.py",
-        "model_loaders/files.py", "model_loaders/latent_files.py", "model_loaders/recovery_settings.py",
-        "model_loaders/memory_plan.py", "models/smaller.py", "models/cogvideox/vae_plan.py",
-        "samplers/schedules.py", "samplers/guidance.py", "samplers/reference.py", "samplers/inversion.py",
-        "nodes/validation.py"}
+        "model_loaders/files.py", "model_loaders/download.py", "model_loaders/published.py",
+        "model_loaders/lora_keys.py", "model_loaders/lora_scale.py", "model_loaders/gguf_blocks.py",
+        "model_loaders/gguf_files.py", "model_loaders/quantized_files.py", "model_loaders/saved_spec.py",
+        "model_loaders/keys.py", "model_loaders/families.py", "model_loaders/latent_files.py",
+        "model_loaders/recovery_settings.py", "model_loaders/memory_plan.py", "models/smaller.py",
+        "models/cogvideox/vae_plan.py", "samplers/schedules.py", "samplers/guidance.py", "samplers/reference.py",
+        "samplers/inversion.py", "nodes/validation.py"}
 HOST = ("comfy", "comfy_api", "folder_paths", "server", "latent_preview", "nodes", "execution")
 
 # Start-up imports the nodes: nothing heavy, and no dependency whose absence would stop the pack from loading.
 START_UP = {"__init__.py", *(f"nodes/{f.name}" for f in (ROOT / "nodes").glob("*.py")), "model_loaders/folders.py",
-            "model_loaders/files.py", "model_loaders/memory_plan.py", "models/smaller.py", "models/specs.py",
+            "model_loaders/files.py", "model_loaders/lora_scale.py", "model_loaders/download.py",
+            "model_loaders/published.py", "model_loaders/memory_plan.py", "models/smaller.py", "models/specs.py",
             "models/cogvideox/vae_plan.py", "samplers/schedules.py"}
-LAZY = ("diffusers", "transformers", "accelerate", "safetensors", "einops", "torch")
+LAZY = ("diffusers", "transformers", "huggingface_hub", "accelerate", "safetensors", "einops", "torch", "gguf")
 
 
 def imports(file: Path, top_level_only: bool = False) -> list[str]:

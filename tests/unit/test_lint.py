@@ -11,8 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 TYPED = ["models.specs", "models.noise_schedule", "models.cogvideox.positions", "models.cogvideox.image_condition",
-         "models.cogvideox.pixels", "model_loaders.detect", "model_loaders.files", "model_loaders.latent_files",
-         "model_loaders.recovery_settings", "model_loaders.memory_plan", "models.smaller",
+         "models.cogvideox.pixels", "model_loaders.detect", "model_loaders.files", "model_loaders.download",
+         "model_loaders.published", "model_loaders.lora_keys", "model_loaders.lora_scale", "model_loaders.gguf_blocks",
+         "model_loaders.gguf_files", "model_loaders.quantized_files", "model_loaders.saved_spec", "model_loaders.keys",
+         "model_loaders.families", "model_loaders.latent_files", "model_loaders.recovery_settings",
+         "model_loaders.memory_plan", "models.smaller",
          "samplers.schedules", "samplers.guidance", "samplers.inversion", "nodes.validation"]
 
 

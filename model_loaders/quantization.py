@@ -1,0 +1,291 @@
+"""Quantized weights in ComfyUI: which layers, which formats, and the layers that hold them.
+
+The formats are ComfyUI's own (``comfy.quant_ops``, through comfy_kitchen), and so are the layers
+(``comfy.ops.mixed_precision_ops``): LoRA, partial loading and streaming work as for its own models. GGUF blocks are one
+layout per type more, held by a linear layer that unpacks them for each use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import comfy.quant_ops
+import torch
+from comfy_kitchen.tensor import BaseLayoutParams, QuantizedLayout, register_layout_class
+from torch import Tensor
+
+from ..models.specs import SpecError
+from . import gguf_blocks
+from .quantized_files import FULL_PRECISION, GGUF, Layers, StoredWeight
+
+# The one table of what is quantized: the large products of every block. Norms with their modulations, embeddings, and
+# the patch and output projections stay in high precision; together they are few, and every token passes through them.
+QUANTIZED_LAYERS = {
+    "transformer": re.compile(r"transformer_blocks\.\d+\.(attn1\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"),
+    "text_encoder": re.compile(r"encoder\.block\.\d+\.layer\.(0\.SelfAttention\.[qkvo]|1\.DenseReluDense\.w[io]\w*)"),
+}
+# Two-dimensional weights that are no linear layer: a lookup reads them row by row.
+_TABLES = re.compile(r"shared|encoder\.embed_tokens|.*\.relative_attention_bias")
+
+_BLACKWELL = "an NVIDIA card of the Blackwell generation (compute capability 10.0, such as the RTX 50 series)"
+_ROWS = 128  # rows that are quantized at once: few, for the temporaries; scales of mxfp8 and nvfp4 lie in tiles of 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A choice of the input ``quantization``. ``multiple``: what rows and columns of a weight must be divisible by."""
+
+    algorithm: str  # ComfyUI's name, in QUANT_ALGOS
+    conf: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the layout's ``quantize``
+    multiple: int = 1
+    largest: float | None = None  # the value that a weight's largest is scaled to, where the whole weight has one scale
+    comfyui: str = "0.24"
+    support: str | None = None  # the question to comfy.model_management whether the card has it
+
+
+_E4M3_MAX, _E2M1_MAX = 448.0, 6.0
+FORMATS = {
+    "fp8_e4m3fn": Format("float8_e4m3fn", conf={FULL_PRECISION: True}, largest=_E4M3_MAX),
+    "fp8_scaled": Format("float8_e4m3fn", largest=_E4M3_MAX),
+    "int8": Format("int8_tensorwise", options={"per_channel": True}, comfyui="0.30"),
+    "mxfp8": Format("mxfp8", multiple=32, support="supports_mxfp8_compute"),
+    "nvfp4": Format("nvfp4", multiple=16, largest=_E4M3_MAX * _E2M1_MAX, support="supports_nvfp4_compute"),
+}
+
+
+# --- What this ComfyUI and this card can do ---
+
+
+def check_quantization(name: str, layers: Layers) -> None:
+    """Refuse a choice of ``quantization`` that cannot be carried out. ``layers`` is what the file holds already.
+
+    Raises:
+        SpecError: this ComfyUI or card lacks the format, or the file is quantized otherwise.
+    """
+    if name == "none":
+        return
+    form = FORMATS[name]
+    _check_host(f"quantization {name}", form.algorithm, form.comfyui)
+    device = comfy.model_management.get_torch_device()
+    if form.support and not getattr(comfy.model_management, form.support)(device):
+        others = [other for other, each in FORMATS.items() if not each.support]
+        raise SpecError(f"quantization {name}: expected {_BLACKWELL}, got {_device_name(device)}. Choose one of "
+                        f"{others}.")
+    held = sorted({conf["format"] for conf in layers.values()} - {form.algorithm})
+    if held:
+        raise SpecError(f"quantization {name}: the file is quantized already ({', '.join(held)}), and quantizing it "
+                        "again only loses quality. Choose none, or an unquantized file.")
+
+
+def check_stored(layers: Layers, where: str) -> None:
+    """Refuse a file in a format that this ComfyUI does not have.
+
+    Raises:
+        SpecError: names the ComfyUI that it needs.
+    """
+    needs = {form.algorithm: form.comfyui for form in FORMATS.values()}
+    for stored in sorted({conf["format"] for conf in layers.values() if not conf["format"].startswith(GGUF)}):
+        _check_host(f"{where}, which is quantized as {stored}", stored, needs.get(stored, "0.30"))
+
+
+def _check_host(what: str, algorithm: str, version: str) -> None:
+    if algorithm not in comfy.quant_ops.QUANT_ALGOS:
+        from comfyui_version import __version__
+
+        raise SpecError(f"{what}: expected ComfyUI {version} or newer, with the comfy-kitchen of its requirements; got "
+                        f"{__version__}. Update ComfyUI, or choose another format.")
+
+
+def described(layers: Layers) -> str:
+    """Formats and layer counts in words; empty if nothing is quantized."""
+    counts = Counter(conf["format"] for conf in layers.values())
+    return "".join(f", {count} layers in {form}" for form, count in sorted(counts.items()))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the device {device}"
+
+
+# --- Tensors ---
+
+
+def prepared(pieces: Iterable[tuple[str, Tensor | StoredWeight]], component: str, quantization: str,
+             dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict of ``pieces`` as the layers of ``operations`` load it, quantized weight by weight where asked.
+
+    ``pieces`` are taken one by one, so that no copy of the model is in memory while it is quantized.
+    """
+    out: dict[str, Tensor] = {}
+    form = FORMATS.get(quantization)
+    for key, value in pieces:
+        layer = key.removesuffix(".weight")
+        if isinstance(value, StoredWeight) and not is_linear(key, value.shape):
+            value = dequantized(value, dtype).reshape(value.shape)
+        elif form and not isinstance(value, StoredWeight) and wants(component, key, value.shape, form):
+            value = quantized(value, form)
+        out.update(value.entries(layer) if isinstance(value, StoredWeight) else {key: value})
+    return out
+
+
+def is_linear(key: str, shape: tuple[int, ...]) -> bool:
+    """Whether ``key`` is the weight of a linear layer: such a layer can hold it quantized."""
+    return key.endswith(".weight") and len(shape) == 2 and not _TABLES.fullmatch(key.removesuffix(".weight"))
+
+
+def wants(component: str, key: str, shape: tuple[int, ...], form: Format) -> bool:
+    """Whether the table quantizes the weight ``key`` of ``component``."""
+    fits = not any(length % form.multiple for length in shape)
+    return key.endswith(".weight") and fits and bool(
+        QUANTIZED_LAYERS[component].fullmatch(key.removesuffix(".weight")))
+
+
+def quantized(weight: Tensor, form: Format) -> StoredWeight:
+    """``weight`` [out, in] in ``form``, on the CPU; made on the GPU if there is one, some rows at a time."""
+    layout = comfy.quant_ops.get_layout_class(comfy.quant_ops.QUANT_ALGOS[form.algorithm]["comfy_tensor_layout"])
+    device = comfy.model_management.get_torch_device()
+    options = dict(form.options)
+    if form.largest is not None:
+        largest = torch.stack([rows.to(device).abs().amax().float() for rows in weight.split(_ROWS)]).amax()
+        options["scale"] = largest.clamp(min=1e-30) / form.largest
+    whole, scales = None, {}
+    for start, rows in zip(range(0, weight.shape[0], _ROWS), weight.split(_ROWS), strict=True):
+        data, params = layout.quantize(rows.to(device=device, dtype=torch.float32), **options)
+        tensors = layout.state_dict_tensors(data, params)
+        data = tensors.pop("")
+        if whole is None:
+            whole = torch.empty(weight.shape[0], data.shape[1], dtype=data.dtype)
+        whole[start:start + len(rows)] = data.to("cpu")
+        for suffix, scale in tensors.items():
+            scales.setdefault(f"weight{suffix}", []).append(scale.to("cpu"))
+    # A scale of the whole weight is the same in every part.
+    companions = {key: as_bytes(torch.cat(parts) if parts[0].dim() else parts[0]) for key, parts in scales.items()}
+    return StoredWeight({"format": form.algorithm, **form.conf}, whole, companions, tuple(weight.shape))
+
+
+def as_bytes(scale: Tensor) -> Tensor:
+    """A scale as it is stored: not every reader of safetensors, ComfyUI's among them, knows e8m0."""
+    return scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+
+
+def dequantized(weight: StoredWeight, dtype: torch.dtype) -> Tensor:
+    """The values that a quantized weight stands for, as ComfyUI's own layer reads them: [out, in]."""
+    if weight.conf["format"].startswith(GGUF):
+        return gguf_blocks.dequantize(weight.data, weight.conf["format"].removeprefix(GGUF), dtype)
+    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+    weight = dataclasses.replace(weight, data=weight.data.flatten(1))
+    layer = operations(dtype).Linear(columns, rows, bias=False, dtype=dtype)
+    layer.load_state_dict({key.removeprefix("layer."): value for key, value in weight.entries("layer").items()})
+    return layer.weight.dequantize()
+
+
+# --- Layers ---
+
+
+def operations(dtype: torch.dtype, full_precision: bool = False) -> Any:
+    """ComfyUI's mixed precision layers, whose linear layers take GGUF blocks too, and scale what they multiply in fp8.
+
+    ``dtype`` is what unquantized weights are held in and quantized ones are unpacked to; ``full_precision`` unpacks
+    even where the card could multiply quantized values.
+    """
+    management = comfy.model_management
+    device = management.get_torch_device()
+    supported = {"float8_e4m3fn": management.supports_fp8_compute, "float8_e5m2": management.supports_fp8_compute,
+                 "mxfp8": management.supports_mxfp8_compute, "nvfp4": management.supports_nvfp4_compute}
+    emulated = {name for name, supports in supported.items() if not supports(device)}
+    host = comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=full_precision, disabled=emulated)
+
+    class Operations(host):
+        class Linear(host.Linear):
+            def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+                note = state_dict.get(f"{prefix}comfy_quant")
+                form = json.loads(note.numpy().tobytes()).get("format", "") if note is not None else ""
+                if not form.startswith(GGUF):
+                    super()._load_from_state_dict(state_dict, prefix, *args)
+                    return
+                del state_dict[f"{prefix}comfy_quant"]
+                self._hold(state_dict.pop(f"{prefix}weight"), form)
+                torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+                missing_keys = args[2]
+                missing_keys.remove(f"{prefix}weight")
+
+            def _hold(self, blocks: Tensor, form: str) -> None:
+                self.quant_format, self.layout_type = form, _LAYOUTS[form]
+                self._full_precision_mm = True  # activations are never packed
+                params = GGUFParams(None, self.factory_kwargs["dtype"], self._orig_shape)
+                tensor = comfy.quant_ops.QuantizedTensor(blocks.to(self.factory_kwargs["device"]), self.layout_type,
+                                                         params)
+                self.weight = torch.nn.Parameter(tensor, requires_grad=False)
+
+            def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                if not self._multiplies_unscaled_fp8(input):
+                    return super().forward(input, *args, **kwargs)
+                # ComfyUI would cut what lies beyond 448; the inner values of a feed-forward can.
+                scale = input.abs().amax().float().clamp(min=1e-12) / _E4M3_MAX
+                rows = comfy.quant_ops.QuantizedTensor.from_float(input.flatten(0, -2), self.layout_type, scale=scale)
+                return super().forward(rows, *args, **kwargs).unflatten(0, input.shape[:-1])
+
+            def _multiplies_unscaled_fp8(self, input: Tensor) -> bool:
+                return (getattr(self, "quant_format", None) == "float8_e4m3fn" and not self._full_precision_mm
+                        and not getattr(self, "comfy_force_cast_weights", False) and not input.requires_grad
+                        and not self.weight_function and not self.bias_function
+                        and getattr(self, "input_scale", None) is None
+                        and getattr(self, "pre_quant_scale", None) is None)
+
+    return Operations
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFParams(BaseLayoutParams):
+    """GGUF blocks carry their scales themselves."""
+
+    scale: None
+
+    def _tensor_fields(self) -> list[str]:
+        return []
+
+
+class GGUFLayout(QuantizedLayout):
+    """GGUF blocks: uint8 [out, bytes]. One subclass per type, because ComfyUI re-quantizes by the layout alone."""
+
+    Params = GGUFParams
+    type_name = ""
+
+    @classmethod
+    def quantize(cls, tensor: Tensor, scale: Any = None, stochastic_rounding: int | None = 0,
+                 inplace_ops: bool = False, **kwargs: Any) -> tuple[Tensor, GGUFParams]:
+        blocks = gguf_blocks.quantize(tensor, cls.type_name, stochastic_rounding or 0)
+        return blocks, GGUFParams(None, tensor.dtype, tuple(tensor.shape))
+
+    @classmethod
+    def dequantize(cls, qdata: Tensor, params: GGUFParams) -> Tensor:
+        return gguf_blocks.dequantize(qdata, cls.type_name, params.orig_dtype)
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor: Any) -> tuple[Tensor, ...]:
+        return (qtensor._qdata,)
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: Tensor, params: GGUFParams) -> dict[str, Tensor]:
+        return {"": qdata}
+
+
+def _register_layouts() -> dict[str, str]:
+    """One layout per GGUF type; returns their names by the format of the layer."""
+    names = {}
+    for type_name in gguf_blocks.FORMATS:
+        name = f"CogXGGUF{type_name}Layout"
+        register_layout_class(name, type(name, (GGUFLayout,), {"type_name": type_name}))
+        names[GGUF + type_name] = name
+    return names
+
+
+_LAYOUTS = _register_layouts()
