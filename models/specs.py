@@ -171,6 +171,11 @@ class ModelSpec:
         return 2 * VAE_TEMPORAL_RATIO * self.transformer.temporal_patch
 
     @property
+    def token_frames(self) -> int:
+        """Pixel frames of a token after the first: 4 for CogVideoX 1.0, 8 for 1.5."""
+        return VAE_TEMPORAL_RATIO * self.transformer.temporal_patch
+
+    @property
     def size_step(self) -> int:
         """Legal widths and heights are multiples of this many pixels: one token."""
         return VAE_SPATIAL_RATIO * self.transformer.patch_size

@@ -19,11 +19,12 @@ from .recovery import LoadLatent
 from .sample import DynamicGuidance, Sampler, SamplerSelect, Scheduler
 from .save import SaveModel
 from .text import TextEncode
+from .windows import ContextWindows, RIFLEx
 
 NODES: list[type[io.ComfyNode]] = [
     LoadPipeline, LoadModel, LoadTextEncoder, LoadVAE, TextEncode, EmptyLatent, Sampler, SamplerSelect, Scheduler,
     DynamicGuidance, Decode, ImageToVideo, VideoToVideo, ImageSize, Inversion, LoadLatent, MemoryPlan, SaveModel,
-    LoadLora, Download,
+    LoadLora, Download, ContextWindows, RIFLEx,
 ]
 
 

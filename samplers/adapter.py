@@ -1,4 +1,4 @@
-"""Attaches the sampling mathematics of this folder to a ComfyUI MODEL. The only file here that knows ComfyUI."""
+"""Attaches the sampling mathematics of this folder to a ComfyUI MODEL (``long_video.py``: windows and RIFLEx)."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
     model = executor.class_obj.model_patcher.model
     check_latent(tuple(latent_image.shape), model.spec)
     frames = VAE_TEMPORAL_RATIO * (latent_image.shape[2] - 1) + 1
-    if frames > model.spec.max_frames:
+    if frames > model.spec.max_frames and "context_handler" not in executor.class_obj.model_options:
         log.warning("%d frames: CogVideoX %s was trained on at most %d and gets poorer beyond.", frames,
                     model.spec.name, model.spec.max_frames)
     if denoise_mask is not None and _is_second_stage(noise, sigmas, model):

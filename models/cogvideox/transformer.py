@@ -21,7 +21,16 @@ from torch import Tensor, nn
 
 from ..specs import SpecError, TransformerSpec
 from .image_condition import padded_condition
-from .positions import rope_grid, rope_matrices, sincos_axes, timestep_embedding
+from .positions import (
+    PLACE_KEY,
+    RIFLEX_KEY,
+    Place,
+    rope_grid,
+    rope_matrices,
+    sincos_axes,
+    time_frequencies,
+    timestep_embedding,
+)
 
 Grid = tuple[int, int, int]
 
@@ -91,16 +100,16 @@ class PatchEmbed(nn.Module):
             return rearrange(x, "(b t) d h w -> b (t h w) d", b=batch)
         return self.proj(rearrange(x, "b c (t r) (h p) (w q) -> b (t h w) (c r p q)", r=p_t, p=p, q=p))
 
-    def forward(self, x: Tensor, context: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor, grid: Grid, place: Place | None = None) -> tuple[Tensor, Tensor]:
         text, image = self.text_proj(context), self.patches(x)
         if self.spec.use_learned_positional_embeddings and grid == self.native_grid():
             text, image = self.pos_embedding(text, image, self.spec.max_text_seq_length)
         elif self.spec.use_learned_positional_embeddings or not self.spec.use_rotary_positional_embeddings:
-            image = self._add_sincos(image, grid)
+            image = self._add_sincos(image, grid, place)
         return text, image
 
-    def _add_sincos(self, image: Tensor, grid: Grid) -> Tensor:
-        time, columns, rows = sincos_axes(self.spec, grid, image.device, image.dtype)
+    def _add_sincos(self, image: Tensor, grid: Grid, place: Place | None) -> Tensor:
+        time, columns, rows = sincos_axes(self.spec, grid, image.device, image.dtype, place)
         frames, height, width = grid
         table = torch.cat([
             time[:, None, None].expand(-1, height, width, -1),
@@ -271,12 +280,17 @@ class CogVideoXTransformer(nn.Module):
             x = self._padded(x, padding)
         grid = self._grid(x)
         vec = self._time_vector(timestep, ofs, x.dtype)
-        pe = None
-        if self.spec.use_rotary_positional_embeddings:
-            pe = rope_matrices(self.spec, rope_grid(self.spec, grid, x.device), context.shape[1])
+        pe = self._rope(grid, x.device, context.shape[1], transformer_options)
         image = self._run_blocks(x, context, grid, vec, pe, transformer_options)
         image = self.proj_out(self.norm_out(self.norm_final(image), vec))
         return self._unpatchify(image, grid)[:, :, padding:]
+
+    def _rope(self, grid: Grid, device: torch.device, text_tokens: int, options: dict[str, Any]) -> Tensor | None:
+        if not self.spec.use_rotary_positional_embeddings:
+            return None
+        place = options.get(PLACE_KEY)
+        freqs = time_frequencies(self.spec, grid[0], device, options.get(RIFLEX_KEY), place)
+        return rope_matrices(self.spec, rope_grid(self.spec, grid, device, place), text_tokens, freqs)
 
     def _padded(self, x: Tensor, padding: int) -> Tensor:
         """The noisy latent's first frame is repeated; a condition image moves to the front, as in the references."""
@@ -313,7 +327,8 @@ class CogVideoXTransformer(nn.Module):
     def _run_blocks(self, x: Tensor, context: Tensor, grid: Grid, vec: Tensor, pe: Tensor | None,
                     transformer_options: dict[str, Any]) -> Tensor:
         """Video tokens after the last block: [B, tokens, D]."""
-        text, image = self.patch_embed(x, context, grid)  # here, so that no caller holds them through all blocks
+        # Here, so that no caller holds them through all blocks.
+        text, image = self.patch_embed(x, context, grid, transformer_options.get(PLACE_KEY))
         replace = transformer_options.get("patches_replace", {}).get("dit", {})
         block_patches = transformer_options.get("patches", {}).get("double_block", ())
         transformer_options["total_blocks"] = len(self.transformer_blocks)

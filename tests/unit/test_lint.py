@@ -16,7 +16,7 @@ TYPED = ["models.specs", "models.noise_schedule", "models.cogvideox.positions", 
          "model_loaders.gguf_files", "model_loaders.quantized_files", "model_loaders.saved_spec", "model_loaders.keys",
          "model_loaders.families", "model_loaders.latent_files", "model_loaders.recovery_settings",
          "model_loaders.memory_plan", "models.smaller",
-         "samplers.schedules", "samplers.guidance", "samplers.inversion", "nodes.validation"]
+         "samplers.schedules", "samplers.guidance", "samplers.inversion", "samplers.windows", "nodes.validation"]
 
 
 def run(cwd: Path, *command: str) -> str:

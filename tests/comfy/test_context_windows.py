@@ -1,0 +1,297 @@
+"""Context windows on a MODEL: what the network is given, what comes back, what it costs. In process, tiny networks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import comfy.conds
+import comfy.sample
+import pytest
+import torch
+from cogx.model_loaders import load
+from cogx.models.cogvideox.image_condition import condition_latent, padded_condition
+from cogx.models.cogvideox.positions import PLACE_KEY
+from cogx.models.specs import SpecError
+from cogx.samplers import adapter
+from cogx.samplers.inversion import InvertedNoise
+from cogx.samplers.long_video import WindowHandler, with_context_windows
+from cogx.samplers.windows import FUSES, SCHEDULES, Windows
+from cogx.scripts import demo_pipeline
+from cogx.tests.comfy.test_image_model import conditionings
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+from torch import Tensor
+
+VARIANTS = ["2B", "5B", "5B-I2V", "1.5-5B", "1.5-5B-I2V"]
+LATENTS = 13  # 49 frames
+STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def load_tiny(tiny_pipelines) -> Callable[[str], Any]:
+    return lambda variant: load.load_model(str(tiny_pipelines / variant / "transformer"))
+
+
+def noise_of(seed: int, frames: int = LATENTS, count: int = 1) -> Tensor:
+    return torch.randn(count, 16, frames, 8, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def windows_of(model: Any, length: int = 17, overlap: int = 8, schedule: str = "static", fuse: str = "pyramid",
+               noise: str = "independent", anchor: bool = True, positions: str = "window") -> Windows:
+    return Windows(model.model.spec, length, overlap, schedule, fuse, noise, anchor, positions)
+
+
+def windowed(model: Any, **settings: Any) -> Any:
+    return with_context_windows(model, windows_of(model, **settings))
+
+
+def run(model: Any, noise: Tensor, sampler: str = "cogvideox_ddim", cfg: float = 6.0, image: Tensor | None = None,
+        seed: int = 3) -> Tensor:
+    """Sampled: [B, 16, T, h, w]. Image models get ``image`` [N, 16, 1, h, w] on the first frame, or a random one."""
+    condition = None
+    if model.model.spec.takes_image:
+        image = noise_of(2, 1, noise.shape[0]) if image is None else image
+        condition = condition_latent(noise.shape[2], image, None)
+    positive, negative = conditionings(model, condition)
+    sigmas = adapter.make_sigmas(model, STEPS, "trailing")
+    return comfy.sample.sample_custom(model, noise.clone(), cfg, adapter.sampler_object(sampler), sigmas, positive,
+                                      negative, torch.zeros_like(noise), seed=seed, disable_pbar=True)
+
+
+def spied(model: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """A clone that notes what each forward is given."""
+    model, seen = model.clone(), []
+
+    def apply_model(executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None,
+                    control: Any = None, transformer_options: Any = None, **conds: Any) -> Tensor:
+        seen.append({"x": x, "t": t, "image": c_concat, "text": c_crossattn, "ofs": conds.get("ofs"),
+                     "options": dict(transformer_options)})
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)
+
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", apply_model)
+    return model, seen
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("frames", [5, 3], ids=["covers", "longer than the video"])
+def test_one_window_that_covers_everything(load_tiny, caplog, variant, frames):
+    model = load_tiny(variant)
+    caplog.set_level("INFO", "cogx")
+    noise = noise_of(1, frames)
+    expected = run(model, noise)
+    for kind in ("independent", "freenoise", "repeated"):
+        assert torch.equal(run(windowed(model, noise=kind), noise), expected)
+    said = [r.getMessage() for r in caplog.records if "Context windows" in r.getMessage()]
+    assert said == [f"Context windows: {4 * frames - 3} frames fit into one window of 17, so there are none."] * 3
+
+
+@pytest.mark.parametrize("variant", ["5B", "1.5-5B"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("fuse", FUSES)
+def test_weights_sum_to_one(load_tiny, variant, schedule, fuse):
+    """Core's loop with our windows and weights: windows of ones make a video of ones, at every step and length."""
+    model = load_tiny(variant)
+    windows = windows_of(model, schedule=schedule, fuse=fuse)
+    sigmas = torch.linspace(9, 0, 10)
+    seen = set()
+
+    def calc(model: Any, conds: Any, part: Tensor, timestep: Tensor, options: Any) -> list[Tensor]:
+        seen.add((part.shape[2], len(timestep)))
+        return [torch.ones_like(part), torch.full_like(part, 2.0)]
+
+    for total in range(windows.latent_frames + 2, 40, 2):
+        x = torch.zeros(2, 16, total, 2, 2)
+        for sigma in sigmas[:-1]:
+            options = {"transformer_options": {"sample_sigmas": sigmas}}
+            both = WindowHandler(windows).execute(calc, model.model, [[{"model_conds": {}}], None], x, sigma.expand(2),
+                                                  options)
+            assert all(float((got - value).abs().max()) < 1e-6 for got, value in zip(both, (1, 2), strict=True))
+    assert seen == {(windows.latent_frames, 2)}, "a window of another length, or a part of the timestep"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_the_network_is_given(load_tiny, variant, schedule):
+    """Steps x windows forwards, each of a whole window: its frames, its part of the image with the anchor, and all of
+    the timestep, the text and ofs; for a batch of two."""
+    model, seen = spied(windowed(load_tiny(variant), schedule=schedule))
+    windows = model.model_options["context_handler"].windows
+    noise, image = noise_of(1, count=2), noise_of(2, 1, 2)
+    run(model, noise, cfg=1.0, image=image)
+    padding = windows.spec.padding_frames(LATENTS)
+    planned = [window for step in range(STEPS) for window in windows.at(LATENTS + padding, step)]
+    assert len(seen) == len(planned) > STEPS
+    condition = padded_condition(condition_latent(LATENTS, image, None) * windows.spec.image_scale("auto"), padding)
+    for window, given in zip(planned, seen, strict=True):
+        assert given["x"].shape == (2, 16, windows.latent_frames, 8, 12) and given["t"].shape == (2,)
+        assert given["text"].shape == (2, windows.spec.text_tokens, 32) and PLACE_KEY not in given["options"]
+        assert (given["ofs"] is not None) == bool(windows.spec.transformer.ofs_embed_dim)
+        if windows.spec.takes_image:
+            expected = condition[:, :, window].clone()
+            expected[:, :, 0] = condition[:, :, 0]
+            assert torch.allclose(given["image"], expected)
+
+
+@pytest.mark.parametrize("variant", ["5B-I2V", "1.5-5B-I2V"])
+def test_without_the_anchor_later_windows_see_no_image(load_tiny, variant):
+    model, seen = spied(windowed(load_tiny(variant), anchor=False))
+    run(model, noise_of(1), cfg=1.0)
+    assert [bool(given["image"].any()) for given in seen[:3]] == [True, False, False]
+
+
+def test_only_the_image_and_masks_have_time(load_tiny):
+    """A video of as many frames as the text has values, tokens, or videos."""
+    handler = windowed(load_tiny("1.5-5B-I2V")).model_options["context_handler"]
+    for total in (32, 224):
+        x = torch.zeros(1, 16, total, 2, 2)
+        window = handler.get_context_windows(None, x, {})[1]
+        conds = {name: comfy.conds.CONDRegular(value) for name, value in
+                 {"c_crossattn": torch.rand(1, 224, 32), "ofs": torch.full((total,), 2.0)}.items()}
+        conds["c_concat"] = comfy.conds.CONDNoiseShape(torch.rand(1, 16, total, 2, 2))
+        mask, text = torch.rand(1, total, 2, 2), torch.rand(1, 224, 32)
+        whole = {"cross_attn": text, "mask": mask, "area": (2, 2, 0, 0), "strength": 0.5, "model_conds": conds}
+        part = handler.get_resized_cond([whole], x, window)[0]
+        assert all(part["model_conds"][name] is conds[name] for name in ("c_crossattn", "ofs"))
+        assert all(part[name] is whole[name] for name in ("cross_attn", "area", "strength"))
+        assert torch.equal(part["mask"], mask[:, window.index_list])
+        assert part["model_conds"]["c_concat"].cond.shape[2] == 6 and conds["c_concat"].cond.shape[2] == total
+
+
+@pytest.mark.parametrize("sampler", ["cogvideox_ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_video_of_a_batch_as_alone(load_tiny, error, variant, sampler):
+    model = windowed(load_tiny(variant), schedule="uniform", noise="freenoise")
+    noise, image = noise_of(1, count=2), noise_of(2, 1, 2)
+    both = run(model, noise, sampler, image=image)
+    for i in range(2):
+        assert error(both[i:i + 1], run(model, noise[i:i + 1], sampler, image=image[i:i + 1])) <= 1e-5
+
+
+# Core's looped windows begin between the two latent frames of 1.5's tokens, so only those of 1.0 are right.
+SAME = [(variant, *names) for variant in VARIANTS for names in [
+    ("static", "pyramid", "standard_static"), ("static", "relative", "standard_static"), ("batched", "flat", "batched"),
+    *([] if variant.startswith("1.5") else [("looped", "pyramid", "looped_uniform")])]]
+
+
+@pytest.mark.parametrize("variant, schedule, fuse, core_schedule", SAME)
+def test_equals_core_where_both_are_right(load_tiny, error, variant, schedule, fuse, core_schedule):
+    """One video, no frame before a window, a length that batched windows divide. To the bit, but for 'relative', which
+    core adds up in another order."""
+    model = load_tiny(variant)
+    windows = windows_of(model, schedule=schedule, fuse=fuse, noise="freenoise")
+    patch = model.model.spec.transformer.temporal_patch
+    frames = 3 * windows.latent_frames - (patch - 1)  # three windows side by side, 1.5's padding frame in the first
+    core = ContextWindowsManualNode.execute(
+        model, windows.latent_frames, windows.latent_overlap, core_schedule, 1, schedule == "looped", fuse, 2,
+        True, cond_retain_index_list="0", causal_window_fix=False).args[0]
+    noise = noise_of(1, frames)
+    ours, theirs = run(with_context_windows(model, windows), noise), run(core, noise)
+    assert error(ours, theirs) <= (1e-5 if fuse == "relative" else 0)
+    assert error(ours, run(model, noise)) > 1e-3, "windows did nothing"
+
+
+def test_the_last_of_the_two_nodes_counts(load_tiny):
+    """Ours after core's and core's after ours, noise included."""
+    model, noise = load_tiny("5B"), noise_of(1)
+
+    def core(model: Any) -> Any:
+        return ContextWindowsManualNode.execute(model, 5, 1, "standard_static", 1, False, "flat", 2, True,
+                                                causal_window_fix=False).args[0]
+
+    ours = windowed(model, noise="freenoise")
+    assert torch.equal(run(windowed(core(model), noise="freenoise"), noise), run(ours, noise))
+    assert torch.equal(run(core(ours), noise), run(core(model), noise))
+    twice = windowed(windowed(model, noise="repeated", schedule="looped"), noise="freenoise")
+    assert torch.equal(run(twice, noise), run(ours, noise))
+    assert "context_handler" not in model.model_options
+
+
+def test_a_run_leaves_nothing_behind(load_tiny):
+    model = windowed(load_tiny("5B"), schedule="uniform")
+    noise = noise_of(1)
+    first = run(model, noise)
+    handler = model.model_options["context_handler"]
+    assert handler._step == 0 and not hasattr(handler, "_model")
+    assert torch.equal(run(model, noise), first)
+
+
+def test_global_positions(load_tiny, error):
+    """The network is told where each window lies, and makes another video of it."""
+    for variant in ("2B", "5B", "1.5-5B"):
+        model, noise = load_tiny(variant), noise_of(1)
+        spy, seen = spied(windowed(model, positions="global"))
+        assert error(run(spy, noise, cfg=1.0), run(windowed(model), noise, cfg=1.0)) > 1e-4
+        windows = spy.model_options["context_handler"].windows
+        total = LATENTS + windows.spec.padding_frames(LATENTS)
+        places = [given["options"][PLACE_KEY] for given in seen[:3]]
+        assert [list(place.frames) for place in places] == windows.at(total, 0)[:3]
+        assert {place.total for place in places} == {total}
+
+
+@pytest.mark.parametrize("first", ["windows", "inversion"])
+def test_inverted_noise_is_not_shuffled(load_tiny, first):
+    """Refused whichever node comes first; without shuffling it is sampled."""
+    model, video = load_tiny("5B"), {"samples": noise_of(4)}
+    positive, _ = conditionings(model)
+    trajectory = adapter.invert(model, positive, video, 2)
+    noise = InvertedNoise(trajectory).generate_noise(video)
+
+    def both(kind: str) -> Any:
+        if first == "windows":
+            return adapter.with_reference_video(windowed(model, noise=kind), trajectory, False)
+        return windowed(adapter.with_reference_video(model, trajectory, False), noise=kind)
+
+    for kind in ("freenoise", "repeated"):
+        with pytest.raises(SpecError, match="the inverted noise belongs to its own frames"):
+            run(both(kind), noise)
+    assert torch.isfinite(run(both("independent"), noise)).all()
+
+
+def test_no_warning_of_length_in_windows(load_tiny, caplog):
+    model = load_tiny("5B")
+    model.model.spec = replace(model.model.spec, max_frames=17)
+    run(windowed(model), noise_of(1))
+    assert "was trained on" not in caplog.text
+    run(model, noise_of(1))
+    assert "was trained on" in caplog.text
+
+
+def test_overhead(record_property):
+    """The demo model at its size, four times its length: what windows cost beside their forwards."""
+    model = load.load_model(str(demo_pipeline.DEMO / demo_pipeline.MAIN / "transformer"))
+    model = with_context_windows(model, windows_of(model, noise="freenoise"))
+    spent = {"windows": 0.0, "batches": 0.0, "forwards": 0.0}
+
+    def timed(name: str) -> Callable[..., Any]:
+        def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            begin = time.process_time()
+            try:
+                return executor(*args, **kwargs)
+            finally:
+                spent[name] += time.process_time() - begin
+        return wrapper
+
+    for kind, name in ((WrappersMP.PREDICT_NOISE, "windows"), (WrappersMP.CALC_COND_BATCH, "batches"),
+                       (WrappersMP.APPLY_MODEL, "forwards")):
+        model.add_wrapper_with_key(kind, "test", timed(name))
+    texts = torch.randn(2, 1, 32, 4096, generator=torch.Generator().manual_seed(5))
+    width = model.model.spec.transformer.text_embed_dim
+    positive, negative = ([[text[..., :width], {}]] for text in texts)
+    sigmas = adapter.make_sigmas(model, STEPS, "trailing")
+    shares = []
+    for _ in range(4):
+        spent.update(dict.fromkeys(spent, 0.0))
+        comfy.sample.sample_custom(model, noise_of(1, 17), 2.0, adapter.sampler_object("cogvideox_ddim"), sigmas,
+                                   positive, negative, torch.zeros(1, 16, 17, 8, 12), seed=3, disable_pbar=True)
+        shares.append((spent["windows"] - spent["batches"]) / spent["forwards"])
+    record_property("overhead", min(shares))
+    assert min(shares) <= 0.02, shares

@@ -1,0 +1,163 @@
+"""Windows over a long video, their weights and their noise: for any numbers, without ComfyUI."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+from cogx.models.specs import PUBLISHED, SpecError
+from cogx.samplers.windows import FUSES, NOISES, POSITIONS, SCHEDULES, Windows, noise_order, plan, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+V1, V1_5, LEARNED = PUBLISHED["5B"], PUBLISHED["1.5-5B"], PUBLISHED["5B-I2V"]
+
+
+@st.composite
+def numbers(draw):
+    """Total, length and overlap in tokens: any that are legal."""
+    length = draw(st.integers(1, 40))
+    return draw(st.integers(1, 300)), length, draw(st.integers(0, length - 1))
+
+
+def windows_of(spec=V1, length=49, overlap=16, schedule="static", fuse="pyramid", noise="freenoise", anchor=True,
+               positions="window"):
+    return Windows(spec, length, overlap, schedule, fuse, noise, anchor, positions)
+
+
+@settings(max_examples=400, deadline=None)
+@given(numbers(), st.sampled_from(SCHEDULES), st.sampled_from(FUSES), st.integers(0, 70))
+def test_windows_cover_every_frame_with_weight(sizes, schedule, fuse, step):
+    """So that what core divides by is never 0; that the result sums to 1 is in tests/comfy/test_context_windows.py."""
+    total, length, overlap = sizes
+    covered = set()
+    for window in plan(total, length, overlap, schedule, step):
+        assert len(window) == min(length, total) == len(set(window)), "the length the model was trained on"
+        shares = weights(window, total, overlap, fuse, schedule == "looped")
+        assert len(shares) == len(window) and min(shares) >= 0.01
+        covered |= set(window)
+    assert covered == set(range(total))
+
+
+@settings(max_examples=400, deadline=None)
+@given(numbers(), st.sampled_from(SCHEDULES), st.integers(0, 70))
+def test_no_more_windows_than_needed(sizes, schedule, step):
+    """As few as cover it with this overlap; one more where they move on, or where they go over the end."""
+    total, length, overlap = sizes
+    count = len(plan(total, length, overlap, schedule, step))
+    if total <= length:
+        assert count == 1
+        return
+    stride = length if schedule == "batched" else length - overlap
+    needed = -(-(total - (0 if schedule in ("batched", "looped") else overlap)) // stride)
+    assert count in ((needed, needed + 1) if schedule == "uniform" else (needed,))
+
+
+@settings(max_examples=200, deadline=None)
+@given(numbers(), st.sampled_from(["static", "uniform"]), st.integers(0, 70))
+def test_neighbours_overlap(sizes, schedule, step):
+    total, length, overlap = sizes
+    windows = plan(total, length, overlap, schedule, step)
+    assert all(len(set(a) & set(b)) >= overlap for a, b in pairwise(windows))
+
+
+def test_uniform_and_looped_borders_move():
+    """In eight steps in a row no border is at a frame more than twice, but those at the video's ends."""
+    for schedule in ("uniform", "looped"):
+        starts = Counter(window[0] for step in range(8) for window in plan(100, 13, 4, schedule, step))
+        assert max(count for frame, count in starts.items() if frame not in (0, 87)) <= 2
+
+
+def test_linear_is_a_cross_fade():
+    """Where two windows share just the overlap their weights sum to 1 before they are normalised."""
+    total, length, overlap = 22, 13, 4
+    first, second = plan(total, length, overlap, "static")
+    a, b = (dict(zip(w, weights(w, total, overlap, "linear"), strict=True)) for w in (first, second))
+    assert [round(a[f], 9) for f in range(9, 13)] == [0.8, 0.6, 0.4, 0.2]
+    assert all(abs(a.get(f, 0) + b.get(f, 0) - 1) < 1e-9 for f in range(total))
+
+
+@settings(max_examples=200, deadline=None)
+@given(numbers(), st.integers(0, 2**64 - 1))
+def test_freenoise_windows_hold_the_same_noise(sizes, seed):
+    """Every static window is a shuffle of the first one: no noise twice in it, and its statistics are N(0, 1)'s."""
+    total, length, overlap = sizes
+    order = noise_order(total, length, overlap, "freenoise", seed)
+    assert order[:length] == list(range(min(length, total)))
+    for window in plan(total, length, overlap, "static"):
+        assert sorted(order[frame] for frame in window) == list(range(min(length, total)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(numbers(), st.sampled_from(SCHEDULES), st.integers(0, 20))
+def test_repeated_noise_is_the_first_windows(sizes, schedule, step):
+    total, length, overlap = sizes
+    order = noise_order(total, length, overlap, "repeated", 0)
+    assert order == [frame % length for frame in range(total)]
+    assert noise_order(total, length, overlap, "independent", 0) == list(range(total))
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_statistics_of_every_window(noise):
+    """97 frames of 5B at 96x64: mean and variance of each window within 4.5 sampling errors; shared frames identical,
+    different frames of a window uncorrelated."""
+    windows = windows_of(noise=noise)
+    total, values = 25, 16 * 8 * 12
+    drawn = torch.randn(1, 16, total, 8, 12, generator=torch.Generator().manual_seed(7))
+    shared = drawn[:, :, windows.noise_of(total, 7)]
+    for window in windows.at(total, 0):
+        part = shared[:, :, window].double()
+        count = part.numel()
+        assert abs(float(part.mean())) < 4.5 / count**0.5
+        assert abs(float(part.var()) - 1) < 4.5 * (2 / count) ** 0.5
+        frames = part.movedim(2, 0).flatten(1)
+        correlation = torch.corrcoef(frames) - torch.eye(len(window))
+        assert float(correlation.abs().max()) < 5 / values**0.5
+    source = windows.noise_of(total, 7)
+    for a in range(total):
+        for b in range(total):
+            same = torch.equal(shared[:, :, a], shared[:, :, b])
+            assert same == (source[a] == source[b])
+    assert (len(set(source)) == 13) == (noise != "independent")
+
+
+def test_1_5_counts_padded_latents_in_whole_tokens():
+    windows = windows_of(V1_5, 81, 16)
+    assert (windows.latent_frames, windows.latent_overlap) == (22, 4)
+    for schedule in SCHEDULES:
+        for step in range(9):
+            for window in windows_of(V1_5, 81, 16, schedule).at(82, step):  # 321 frames: 81 latents and one of padding
+                pairs = list(zip(window[::2], window[1::2], strict=True))
+                assert len(window) == 22 and all(a % 2 == 0 and b == a + 1 for a, b in pairs)
+
+
+BAD = [
+    (V1, {"length": 48, "overlap": 16}, "length: 48 frames: CogVideoX 1.0 needs 8N+1 (native 49); nearest: 41 or 49."),
+    (V1_5, {"length": 89, "overlap": 16},
+     "length: 89 frames: CogVideoX 1.5 needs 16N+1 (native 81); nearest: 81 or 97."),
+    (V1, {"length": 49, "overlap": 49}, "overlap 49: expected less than length 49; nearest: 48."),
+    (V1_5, {"length": 81, "overlap": 200}, "overlap 200: expected less than length 81; nearest: 80."),
+    (V1, {"length": 49, "overlap": 15}, "overlap 15: CogVideoX 1.0 needs a multiple of 4 frames; nearest: 12 or 16."),
+    (V1_5, {"length": 81, "overlap": 12}, "overlap 12: CogVideoX 1.5 needs a multiple of 8 frames; nearest: 8 or 16."),
+    (LEARNED, {"length": 81, "overlap": 16},
+     "length 81: 5B-I2V has learned positions for 49 frames only; set length 49."),
+    (LEARNED, {"positions": "global"},
+     "positions global: 5B-I2V has learned positions for one window of 49 frames only; set positions to window."),
+]
+
+
+@pytest.mark.parametrize("spec, inputs, message", BAD)
+def test_bad_input(spec, inputs, message):
+    with pytest.raises(SpecError) as raised:
+        windows_of(spec, **inputs)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("fuse", FUSES)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_legal_input(schedule, fuse, positions):
+    windows = windows_of(V1, 49, 0, schedule, fuse, positions=positions)
+    assert all(len(windows.weights_of(window, 100)) == 13 for window in windows.at(100, 3))
