@@ -74,7 +74,7 @@ def _pyramid(window: Sequence[int], total: int, overlap: int, closed: bool) -> l
 def _linear(window: Sequence[int], total: int, overlap: int, closed: bool) -> list[float]:
     """A cross-fade over the overlap, none at the video's ends. No weight is 0, unlike in ComfyUI's."""
     weights = [1.0] * len(window)
-    for i in range(overlap):
+    for i in range(min(overlap, len(window))):
         share = (i + 1) / (overlap + 1)
         if closed or window[0] != 0:
             weights[i] = min(weights[i], share)

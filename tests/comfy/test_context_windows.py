@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,7 +21,9 @@ from cogx.samplers.inversion import InvertedNoise
 from cogx.samplers.long_video import WindowHandler, with_context_windows
 from cogx.samplers.windows import FUSES, SCHEDULES, Windows
 from cogx.scripts import demo_pipeline
+from cogx.tests.comfy.graphs import image_to_video, latent_only, patched_model, text_to_video, with_core_ksampler
 from cogx.tests.comfy.test_image_model import conditionings
+from cogx.tests.comfy_server import PromptError
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from torch import Tensor
@@ -28,6 +31,8 @@ from torch import Tensor
 VARIANTS = ["2B", "5B", "5B-I2V", "1.5-5B", "1.5-5B-I2V"]
 LATENTS = 13  # 49 frames
 STEPS = 3
+SETTINGS = {"length": 17, "overlap": 8, "schedule": "uniform", "fuse": "pyramid", "noise": "freenoise", "anchor": True,
+            "positions": "window"}
 
 
 @pytest.fixture(autouse=True)
@@ -265,7 +270,7 @@ def test_no_warning_of_length_in_windows(load_tiny, caplog):
     assert "was trained on" in caplog.text
 
 
-def test_overhead(record_property):
+def test_overhead():
     """The demo model at its size, four times its length: what windows cost beside their forwards."""
     model = load.load_model(str(demo_pipeline.DEMO / demo_pipeline.MAIN / "transformer"))
     model = with_context_windows(model, windows_of(model, noise="freenoise"))
@@ -293,5 +298,36 @@ def test_overhead(record_property):
         comfy.sample.sample_custom(model, noise_of(1, 17), 2.0, adapter.sampler_object("cogvideox_ddim"), sigmas,
                                    positive, negative, torch.zeros(1, 16, 17, 8, 12), seed=3, disable_pbar=True)
         shares.append((spent["windows"] - spent["batches"]) / spent["forwards"])
-    record_property("overhead", min(shares))
     assert min(shares) <= 0.02, shares
+
+
+@pytest.mark.parametrize("host", ["server", "oldest_server"])
+@pytest.mark.parametrize("variant", ["5B", "1.5-5B-I2V"])
+def test_on_a_server(request, saved_latent, error, host, variant):
+    """Both nodes in a graph, with core's KSampler; batch 2, which core's node cannot slice."""
+    running = request.getfixturevalue(host)
+    graph = latent_only(image_to_video(variant) if variant.endswith("I2V") else text_to_video(variant))
+    graph["4"]["inputs"].update(length=49, batch_size=2)
+    graph = with_core_ksampler(graph, "euler", "simple", steps=2)
+    plain = saved_latent(running, running.run(graph))
+    made = saved_latent(running, running.run(patched_model(graph, "CogXContextWindows", **SETTINGS)))
+    assert made.shape == plain.shape == (2, 16, LATENTS, 8, 12) and torch.isfinite(made).all()
+    assert error(made, plain) > 1e-3
+    if variant == "5B":
+        riflex = saved_latent(running, running.run(patched_model(graph, "CogXRIFLEx", k=0, tuned_frames=0)))
+        assert torch.isfinite(riflex).all() and error(riflex, plain) > 1e-4
+
+
+@pytest.mark.parametrize("variant, inputs, message", [
+    ("5B", {"length": 18}, r"length: 18 frames: CogVideoX 1\.0 needs 8N\+1 .*; nearest: 17 or 25\."),
+    ("5B", {"overlap": 17}, r"overlap 17: expected less than length 17; nearest: 16\."),
+    ("5B", {"overlap": 3}, r"overlap 3: CogVideoX 1\.0 needs a multiple of 4 frames; nearest: 0 or 4\."),
+    ("5B", {"length": 0}, r"length 0: expected 1 to 8193; nearest: 1\."),
+    ("1.5-5B", {"length": 25}, r"length: 25 frames: CogVideoX 1\.5 needs 16N\+1 .*; nearest: 17 or 33\."),
+    ("5B-I2V", {"length": 25}, r"length 25: 5B-I2V has learned positions for 17 frames only; set length 17\."),
+])
+def test_bad_input_on_a_server(server, variant, inputs, message):
+    graph = latent_only(image_to_video(variant) if variant.endswith("I2V") else text_to_video(variant))
+    with pytest.raises(PromptError) as raised:
+        server.run(patched_model(graph, "CogXContextWindows", **{**SETTINGS, **inputs}))
+    assert re.search(message, f"{raised.value} {raised.value.details}") and server.alive()
