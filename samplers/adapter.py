@@ -330,7 +330,8 @@ def _begin_on(trajectory: Trajectory, features: bool, executor: Any, noise: Tens
     if torch.equal(noise.cpu(), trajectory.noise):
         if getattr(executor.class_obj.model_options.get("context_handler"), "freenoise", False):
             raise SpecError("freenoise: expected it off, as the inverted noise belongs to its own frames; got it on, "
-                            "which shuffles them. Turn freenoise off in the context windows node.")
+                            "which shuffles them. Turn freenoise off in the context windows node ('CogVideoX Context "
+                            "Windows': noise independent).")
         sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
         noise = trajectory.noise_at(int(sampling.timestep(sigmas[0])))
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)

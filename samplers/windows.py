@@ -67,7 +67,7 @@ def plan(total: int, length: int, overlap: int, schedule: str, step: int = 0) ->
 
 
 def _pyramid(window: Sequence[int], total: int, overlap: int, closed: bool) -> list[float]:
-    """FreeNoise (Qiu 2023), sec. 3.3: by the distance from the nearer end."""
+    """FreeNoise (Qiu 2023): by the distance from the nearer end."""
     return [float(min(i, len(window) - 1 - i) + 1) for i in range(len(window))]
 
 
@@ -109,7 +109,7 @@ def weights(window: Sequence[int], total: int, overlap: int, fuse: str, closed: 
 def noise_order(total: int, length: int, overlap: int, noise: str, seed: int) -> list[int]:
     """Which frame's noise each of ``total`` frames gets.
 
-    'freenoise': FreeNoise (Qiu 2023), sec. 3.2, as ComfyUI does it. The noise of the first window goes on, shuffled
+    'freenoise': FreeNoise (Qiu 2023), as ComfyUI does it. The noise of the first window goes on, shuffled
     in parts of a stride, so that static windows each hold the same noise in another order. 'repeated': the noise of
     the first window again and again.
     """
