@@ -228,7 +228,7 @@ def test_the_end_says_what_was_tried_and_what_would_fit(load_tiny, monkeypatch):
 def test_the_end_counts_the_references_of_an_inverted_video(load_tiny, monkeypatch):
     """The network sees two videos for each one of the batch, and the size named fits with both."""
     model = with_features(load_tiny("1.5-5B"), count=1)
-    free = model.model.memory_required((2, 16, 4, 8, 12))
+    free = model.model.memory_required((2, 16, 4, 8, 8))
     monkeypatch.setattr(type(model), "get_free_memory", lambda *_: free)
     with pytest.raises(OOM) as caught:
         run(with_limit(model, 0)[0], count=1)
