@@ -6,6 +6,7 @@ Pure: neither torch nor ComfyUI. Every error names the file and what to do.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -44,6 +45,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path} is a folder, not a file. Remove it and download the file.") from None
     except (ValueError, RecursionError) as error:
         raise SpecError(f"{path} is not valid JSON ({error}). Download it again.") from None
+    except OSError as error:  # another user's, a link to itself, a drive that is gone
+        raise SpecError(f"{path} cannot be read: {error.strerror}.") from None
     if not isinstance(value, dict):
         raise SpecError(f"{path}: expected a JSON object, got {type(value).__name__}. Download it again.")
     return value
@@ -63,6 +66,8 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
         raise SpecError(f"Missing file: {path}. Download it again, with the whole folder.") from None
     except IsADirectoryError:
         raise SpecError(f"{path} is a folder, not a safetensors file. Remove it and download the file.") from None
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -87,12 +92,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 def _tensor_info(entry: Any) -> TensorInfo:
     """An entry of a header. ValueError and the like: its shape and its bytes contradict each other."""
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    count = 1
-    for length in shape:
-        count *= length
-    bits = _BITS[dtype] * count
-    whole = all(type(number) is int and number >= 0 for number in (start, end, *shape))
-    if not whole or len(shape) > 8 or bits != 8 * (end - start):
+    # Before anything is computed with them: a string times a number is a long string.
+    whole = len(shape) <= 8 and all(type(number) is int and 0 <= number < 2**63 for number in (start, end, *shape))
+    if not whole or _BITS[dtype] * math.prod(shape) != 8 * (end - start):
         raise ValueError(f"{shape} of {dtype} in {start} to {end}")
     return TensorInfo(dtype, tuple(shape))
 
@@ -110,6 +112,8 @@ def kind_of(path: Path) -> str:
         raise SpecError(f"Missing file: {path}. Download it again, with the whole folder.") from None
     except IsADirectoryError:
         raise SpecError(f"{path} is a folder, not a file of weights. Remove it and download the file.") from None
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read: {error.strerror}.") from None
     if first[8:] == b"{":  # after the length of the header, which is JSON
         return "safetensors"
     found = next((kind for start, kind in _STARTS.items() if first.startswith(start)), "other")

@@ -7,6 +7,7 @@ package's. Pure: no ComfyUI; torch and numpy when tensors are read.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -218,10 +219,8 @@ def _located(name: str, shape: tuple[int, ...], kind: tuple[str, int, int], offs
         raise _Damaged(f"{name[:80]} has rows of {shape[-1]} values, not a multiple of the {block} of {type_name}")
     original = metadata.get(_SHAPE_KEY + name)
     if original is not None:
-        product = 1
-        for length in original if isinstance(original, list) else [0]:
-            product *= int(length)
-        if product != values:
+        lengths = original if isinstance(original, list) else [-1]
+        if not all(type(n) is int and n >= 0 for n in lengths) or math.prod(lengths) != values:
             raise _Damaged(f"{_SHAPE_KEY}{name[:80]} is {original}, which is not {values} values")
         shape = tuple(int(length) for length in original)
         if len(shape) == 2 and shape[-1] % block:

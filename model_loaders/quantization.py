@@ -173,7 +173,7 @@ def quantized(weight: Tensor, form: Format) -> StoredWeight:
 
 def as_bytes(scale: Tensor) -> Tensor:
     """A scale as it is stored: not every reader of safetensors, ComfyUI's among them, knows e8m0."""
-    return scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+    return scale.view(torch.uint8) if scale.dtype == getattr(torch, "float8_e8m0fnu", None) else scale
 
 
 def dequantized(weight: StoredWeight, dtype: torch.dtype) -> Tensor:

@@ -38,7 +38,8 @@ _COMPANIONS = {"weight_scale": "weight_scale", "weight_scale_2": "weight_scale_2
                "pre_quant_scale": "pre_quant_scale", "scale_weight": "weight_scale", "scale_input": "input_scale"}
 _BLOCKS = "_qweight"  # X.Q4_0_qweight: GGUF blocks in a safetensors file, as Kijai publishes them
 _FOREIGN = {"quant_map": "bitsandbytes", "SCB": "bitsandbytes", "absmax": "bitsandbytes", "qzeros": "GPTQ or AWQ",
-            "g_idx": "GPTQ", "_data": "optimum-quanto"}
+            "g_idx": "GPTQ", "_data": "optimum-quanto", "weight_scale_inv": "block-wise scaling",
+            "weight_zero_point": "a method with zero points", "weight_g_idx": "a method with groups"}
 
 
 @dataclass(frozen=True)

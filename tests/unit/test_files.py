@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
-from cogx.model_loaders.files import check_shapes, main_dtype, read_header, read_json, weight_files
+from cogx.model_loaders.files import check_shapes, kind_of, main_dtype, read_header, read_json, weight_files
 from cogx.models.specs import SpecError
 from safetensors.torch import save_file
 
@@ -104,3 +105,24 @@ def test_shapes_that_do_not_fit():
         check_shapes({"a": (1,)}, {"a": (2,)}, "here")
     with pytest.raises(SpecError, match=r"here: 1 weights more than its config\.json says"):
         check_shapes({"a": (1,), "transformer_blocks.1.x": (1,)}, {"a": (1,)}, "here")
+
+
+def test_what_cannot_be_read_is_said(tmp_path):
+    """A link to itself, as a file of another user or a drive that is gone: no raw error, which would stop ComfyUI from
+    listing any node of the pack."""
+    loop = tmp_path / "model_index.json"
+    loop.symlink_to(loop)
+    for read in (read_json, read_header, kind_of):
+        with pytest.raises(SpecError, match="cannot be read"):
+            read(loop)
+
+
+@pytest.mark.parametrize("shape", [["a", 10**10], [2**62] * 9, [10**6] * 100_000, [-1, -6], [True, 6]])
+def test_a_shape_is_looked_at_before_it_is_computed_with(tmp_path, shape):
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 24]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
+    start = time.process_time()
+    with pytest.raises(SpecError, match="header is damaged"):
+        read_header(path)
+    assert time.process_time() - start < 1

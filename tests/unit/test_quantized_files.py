@@ -51,6 +51,8 @@ def test_packed_formats_have_the_shape_that_they_stand_for(tmp_path):
 
 
 BAD = [
+    ({"a.weight_scale_inv": torch.ones(6)}, {}, r"is quantized by block-wise scaling"),
+    ({"a.weight_zero_point": torch.ones(6)}, {}, r"is quantized by a method with zero points"),
     ({"a.SCB": torch.ones(6)}, {}, r"is quantized by bitsandbytes \(a\.SCB\), which ComfyUI cannot read"),
     ({"a.comfy_quant": torch.tensor(list(b"{"), dtype=torch.uint8)}, {}, "notes on quantization are damaged"),
     ({"a.comfy_quant": torch.tensor(list(b"[1]"), dtype=torch.uint8)}, {}, "notes on quantization are damaged"),
