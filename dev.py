@@ -45,6 +45,7 @@ SDIST_VERSIONS = {"0.30.0": "2.6.0", "0.27.0": "2.5.0", "0.26.0": "2.4.5", "0.24
 
 FREE_DISK_GB = 9  # 6.4 GB installed, plus downloads
 START_SECONDS = 180
+PYTEST_INTERRUPTED = 2  # by Ctrl-C, or by files that cannot be collected
 
 DEMO_WORKFLOW = PACK / "workflows" / "api" / "text_to_video.json"
 DEMO_MODEL = "CogX-Demo"
@@ -505,9 +506,17 @@ def test(host: Host, options: argparse.Namespace) -> int:
     oldest = fetch_comfyui(host, OLDEST_VERSION)
     places = {"COGX_HOST": host.root, "COGX_COMFYUI": comfy.tree, "COGX_COMFYUI_OLDEST": oldest.tree}
     environment = {**child_environment(), **{name: str(path) for name, path in places.items()}}
-    chosen = any(Path(argument).parts[:1] == ("tests",) for argument in options.rest)
-    command = [host.python, "-m", "pytest", *options.rest, *([] if chosen else ["tests"])]
-    return wait_for(command, environment)
+    pytest = [host.python, "-m", "pytest"]
+    if options.rest:
+        chosen = any(Path(argument).parts[:1] == ("tests",) for argument in options.rest)
+        return wait_for([*pytest, *options.rest, *([] if chosen else ["tests"])], environment)
+    one_thread = {**environment, "OMP_NUM_THREADS": "1"}
+    # A file's tests share what they start, so a file stays in one process.
+    side_by_side = wait_for([*pytest, "-n", "2", "--dist", "loadfile", "-m", "not alone", "tests"], one_thread)
+    if side_by_side == PYTEST_INTERRUPTED:
+        return side_by_side
+    alone = wait_for([*pytest, "-m", "alone", "tests"], environment)
+    return side_by_side or alone
 
 
 def serve(host: Host, options: argparse.Namespace) -> int:

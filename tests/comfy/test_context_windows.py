@@ -270,6 +270,7 @@ def test_no_warning_of_length_in_windows(load_tiny, caplog):
     assert "was trained on" in caplog.text
 
 
+@pytest.mark.alone
 def test_overhead():
     """The demo model at its size, four times its length: what windows cost beside their forwards."""
     model = load.load_model(str(demo_pipeline.DEMO / demo_pipeline.MAIN / "transformer"))

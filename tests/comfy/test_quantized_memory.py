@@ -114,6 +114,7 @@ print("RATIO", best["ours"] / best["plain"], best)
 """
 
 
+@pytest.mark.alone
 def test_a_file_of_2_gb_loads_as_fast_as_it_can_be_read(big, tiny_pipelines):
     """Against safetensors.torch.load_file and load_state_dict into a network that is made already."""
     script = TIME_SCRIPT.format(tests=str(ROOT / "tests"), path=str(big),

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
@@ -40,6 +42,7 @@ def run(block: str = "") -> str:
     return done.stdout
 
 
+@pytest.mark.alone
 def test_import_is_quick_and_light():
     output = run()
     assert float(re.search(r"SECONDS (\S+)", output)[1]) < 0.5, output

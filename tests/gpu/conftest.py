@@ -20,6 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in (item for item in items if here in item.path.parents):
         item.add_marker("gpu")
+        item.add_marker("alone")
         if not (torch.cuda.is_available() or REHEARSAL):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is false"))
 

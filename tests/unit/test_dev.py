@@ -379,7 +379,6 @@ def test_demo_settings(dev):
 @pytest.mark.parametrize(("arguments", "passed"), [
     (["-x", "-k", "specs"], ["-x", "-k", "specs", "tests"]),
     (["tests/unit/test_dev.py::test_x", "-q"], ["tests/unit/test_dev.py::test_x", "-q"]),
-    ([], ["tests"]),
 ])
 def test_pytest_gets_the_rest_and_the_environment(dev, host, monkeypatch, arguments, passed):
     trees = {None: Path("default"), "0.26.0": Path("chosen")}
@@ -392,6 +391,19 @@ def test_pytest_gets_the_rest_and_the_environment(dev, host, monkeypatch, argume
     assert command[1:] == ["-m", "pytest", *passed]
     assert {name: environment[name] for name in ("COGX_COMFYUI", "COGX_COMFYUI_OLDEST", "COGX_HOST")} == \
         {"COGX_COMFYUI": "chosen", "COGX_COMFYUI_OLDEST": "0.24.1", "COGX_HOST": str(host.root)}
+
+
+@pytest.mark.parametrize(("codes", "code"), [((0, 0), 0), ((1, 0), 1), ((0, 1), 1), ((2,), 2)])
+def test_the_whole_suite_runs_side_by_side_and_what_measures_time_alone(dev, host, monkeypatch, codes, code):
+    comfy = dev.Comfy(Path("tree"), "x", ours=True)
+    monkeypatch.setattr(dev, "set_up", lambda *_: comfy)
+    monkeypatch.setattr(dev, "fetch_comfyui", lambda *_: comfy)
+    calls = []
+    monkeypatch.setattr(dev, "wait_for", lambda *call: calls.append(call) or codes[len(calls) - 1])
+    assert dev.test(host, dev.parse(["test"])) == code
+    markers = [command[command.index("-m", 3) + 1] for command, _ in calls]
+    assert markers == ["not alone", "alone"][:len(codes)]
+    assert "-n" in calls[0][0] and calls[0][1]["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.parametrize("arguments", [["demo", "--bogus"], ["serve", "--comfyui", "newest"], []])
