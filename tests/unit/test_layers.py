@@ -21,9 +21,9 @@ PURE = {"models/specs.py", "models/noise_schedule.py", "models/cogvideox/positio
         "model_loaders/lora_keys.py", "model_loaders/lora_scale.py", "model_loaders/gguf_blocks.py",
         "model_loaders/gguf_files.py", "model_loaders/quantized_files.py", "model_loaders/saved_spec.py",
         "model_loaders/keys.py", "model_loaders/families.py", "model_loaders/latent_files.py",
-        "model_loaders/recovery_settings.py", "model_loaders/memory_plan.py", "models/smaller.py",
+        "model_loaders/recovery_settings.py", "model_loaders/memory_plan.py", "models/smaller.py", "models/turns.py",
         "models/cogvideox/vae_plan.py", "samplers/schedules.py", "samplers/guidance.py", "samplers/reference.py",
-        "samplers/inversion.py", "samplers/windows.py", "nodes/validation.py"}
+        "samplers/inversion.py", "samplers/windows.py", "samplers/prompts.py", "nodes/validation.py"}
 HOST = ("comfy", "comfy_api", "folder_paths", "server", "latent_preview", "nodes", "execution")
 
 # Start-up imports the nodes: nothing heavy, and no dependency whose absence would stop the pack from loading.
@@ -31,7 +31,7 @@ START_UP = {"__init__.py", *(f"nodes/{f.name}" for f in (ROOT / "nodes").glob("*
             "model_loaders/files.py", "model_loaders/lora_scale.py", "model_loaders/download.py",
             "model_loaders/published.py", "model_loaders/memory_plan.py", "models/smaller.py", "models/specs.py",
             "models/cogvideox/vae_plan.py", "samplers/schedules.py",
-            "samplers/windows.py"}
+            "models/turns.py", "samplers/windows.py"}
 LAZY = ("diffusers", "transformers", "huggingface_hub", "accelerate", "safetensors", "einops", "torch", "gguf")
 
 
