@@ -20,6 +20,7 @@ import comfy.text_encoders.t5
 import torch
 
 from ..models.specs import PUBLISHED, SpecError, TextSpec
+from ..models.turns import TURN, prompts_of
 
 log = logging.getLogger("cogx")
 
@@ -168,3 +169,19 @@ def encode(clip: comfy.sd.CLIP, text: str, when_empty: str,
     if when_empty == "zeros" and not text.strip():
         conditioning = [[torch.zeros_like(tensor), options] for tensor, options in conditioning]
     return conditioning, count
+
+
+def encode_sequence(clip: comfy.sd.CLIP, text: str,
+                    max_tokens: int | None = None) -> tuple[list[Any], list[TokenCount]]:
+    """CONDITIONING of a prompt per line, each marked with its turn, and how each fits. Empty lines are left out.
+
+    Raises:
+        SpecError: no prompt, or as ``encode``.
+    """
+    prompts = prompts_of(text)
+    encoded = [encode(clip, prompt, "encode", max_tokens) for prompt in prompts]
+    # With LoRAs that are scheduled on the CLIP a prompt has several entries: a sequence of each.
+    scheduled = zip(*(conditioning for conditioning, _ in encoded), strict=True)
+    conditioning = [[embedding, {**options, TURN: (turn, len(prompts))}]
+                    for entries in scheduled for turn, (embedding, options) in enumerate(entries)]
+    return conditioning, [count for _, count in encoded]

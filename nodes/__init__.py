@@ -18,13 +18,13 @@ from .memory import MemoryPlan
 from .recovery import LoadLatent
 from .sample import DynamicGuidance, Sampler, SamplerSelect, Scheduler
 from .save import SaveModel
-from .text import TextEncode
+from .text import PromptSequence, TextEncode
 from .windows import ContextWindows, RIFLEx
 
 NODES: list[type[io.ComfyNode]] = [
     LoadPipeline, LoadModel, LoadTextEncoder, LoadVAE, TextEncode, EmptyLatent, Sampler, SamplerSelect, Scheduler,
     DynamicGuidance, Decode, ImageToVideo, VideoToVideo, ImageSize, Inversion, LoadLatent, MemoryPlan, SaveModel,
-    LoadLora, Download, ContextWindows, RIFLEx,
+    LoadLora, Download, ContextWindows, RIFLEx, PromptSequence,
 ]
 
 

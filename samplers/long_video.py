@@ -9,10 +9,12 @@ from typing import Any
 
 import comfy.context_windows
 import comfy.patcher_extension
+import torch
 from torch import Tensor
 
 from ..models.cogvideox.positions import PLACE_KEY, RIFLEX_KEY, Place, Riflex, intrinsic_frequency
 from ..models.specs import SpecError
+from ..models.turns import TURN, sequences
 from .adapter import spec_of
 from .windows import GLOBAL, INDEPENDENT, Windows
 
@@ -31,6 +33,16 @@ class Window(comfy.context_windows.IndexListContextWindow):
     def get_tensor(self, full: Tensor, device: Any = None, dim: int | None = None,
                    retain_index_list: Any = ()) -> Tensor:
         return full if dim == 0 else super().get_tensor(full, device, dim, list(retain_index_list))
+
+
+def _between(one: dict[str, Any], other: dict[str, Any], share: float) -> dict[str, Any]:
+    """A prompt's condition on its way to the next: the embedding in between, all else of the nearer one."""
+    nearer = other if share >= 0.5 else one
+    if share in (0, 1):
+        return nearer
+    texts = [cond["model_conds"]["c_crossattn"] for cond in (one, other)]
+    text = texts[0]._copy_with(torch.lerp(texts[0].cond, texts[1].cond, share))
+    return {**nearer, "model_conds": {**nearer["model_conds"], "c_crossattn": text}}
 
 
 class WindowHandler(comfy.context_windows.IndexListContextHandler):
@@ -60,7 +72,28 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
     def get_resized_cond(self, cond_in: list[dict[str, Any]] | None, x_in: Tensor, window: Window,
                          device: Any = None) -> list[dict[str, Any]] | None:
         """The image condition and a mask over frames go by window; text, ofs and all else have no time."""
-        return None if cond_in is None else [self._of_window(cond, x_in, window) for cond in cond_in]
+        if cond_in is None:
+            return None
+        return [self._of_window(cond, x_in, window) for cond in self._prompts_of_window(cond_in, window)]
+
+    def _prompts_of_window(self, conds: list[dict[str, Any]], window: Window) -> list[dict[str, Any]]:
+        """One entry of each sequence of prompts, so that they take no more forwards than one prompt does."""
+        found = []
+        for places in sequences([cond.get(TURN) for cond in conds]):
+            a, b, share = (0, 0, 0.0) if len(places) == 1 else self.windows.prompts_of(
+                [conds[place][TURN] for place in places], window.index_list, window.total_frames)
+            found.append(_between(conds[places[a]], conds[places[b]], share))
+        return found
+
+    def warn_of_unseen(self, conds: dict[str, list[dict[str, Any]]], total: int, steps: int) -> None:
+        """Say which prompts no window has for its own, in a run over ``total`` latent frames."""
+        for entries in conds.values():
+            for places in sequences([entry.get(TURN) for entry in entries]):
+                unseen = self.windows.unseen([entries[p][TURN] for p in places], total, steps) if places[1:] else []
+                if unseen:
+                    log.warning("Context windows: no window has prompt %s of %d for its own: there are %d windows. Use "
+                                "shorter windows or a longer video.", ", ".join(str(turn + 1) for turn in unseen),
+                                len(places), len(self.windows.at(total, 0)))
 
     def _of_window(self, cond: dict[str, Any], x_in: Tensor, window: Window) -> dict[str, Any]:
         cond = {**cond, "model_conds": dict(cond["model_conds"])}
@@ -89,20 +122,23 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
                                                 enumerated_context_windows, model_options, **kwargs)
 
 
-def _for_one_run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _for_one_run(executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any,
+                 **kwargs: Any) -> Tensor:
     """OUTER_SAMPLE wrapper, inside the one that adds padding frames. The handler keeps its step: a run has its own."""
     options = executor.class_obj.model_options
     handler = options.get(HANDLER)
     if not isinstance(handler, WindowHandler):  # another node has replaced it
-        return executor(noise, *args, **kwargs)
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     spec = handler.windows.spec
     frames = (noise.size(TIME) // spec.transformer.temporal_patch - 1) * spec.token_frames + 1
     if noise.size(TIME) <= handler.context_length:
         log.info("Context windows: %d frames fit into one window of %d, so there are none.", frames,
                  handler.windows.length)
+    else:
+        handler.warn_of_unseen(executor.class_obj.conds, noise.size(TIME), len(sigmas) - 1)
     options[HANDLER] = copy.copy(handler)
     try:
-        return executor(noise, *args, **kwargs)
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:
         options[HANDLER] = handler
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..models.specs import ModelSpec, SpecError, frames_problem, nearest_on_grid
+from ..models.turns import Turn
+from .prompts import mix
 
 INDEPENDENT, FREENOISE, REPEATED = NOISES = ("independent", "freenoise", "repeated")
 WINDOW, GLOBAL = POSITIONS = ("window", "global")
@@ -197,3 +199,13 @@ class Windows:
 
     def noise_of(self, total: int, seed: int) -> list[int]:
         return noise_order(total, self.latent_frames, self.latent_overlap, self.noise, seed)
+
+    def prompts_of(self, turns: Sequence[Turn], window: Sequence[int], total: int) -> tuple[int, int, float]:
+        """As ``mix``, for the middle of a window; a cross-fade takes as long as the overlap."""
+        middle = (window[0] + len(window) / 2) % total
+        return mix(turns, middle / total, self.latent_overlap / total, self.schedule == LOOPED)
+
+    def unseen(self, turns: Sequence[Turn], total: int, steps: int) -> list[int]:
+        """Which prompts of a sequence count most in no window of a run, by their place in ``turns``."""
+        found = (self.prompts_of(turns, window, total) for step in range(steps) for window in self.at(total, step))
+        return sorted(set(range(len(turns))) - {b if share >= 0.5 else a for a, b, share in found})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..specs import VAE_TEMPORAL_RATIO, ModelSpec, SpecError, check_latent
+from ..turns import first_of_each
 
 log = logging.getLogger("cogx")
 
@@ -90,6 +91,17 @@ def _nan_message(spec: ModelSpec, dtype: torch.dtype) -> str:
             f"video would be black; sampling stopped. {remedy}")
 
 
+def _keep_first_prompts(guider: Any, frames: int) -> None:
+    """A network that sees all ``frames`` at once knows no turns, and ComfyUI would mix the prompts of a sequence."""
+    if frames > getattr(guider.model_options.get("context_handler"), "context_length", frames):
+        return
+    for name, entries in guider.conds.items():  # the guider's own copy, made for the run
+        guider.conds[name] = kept = first_of_each(entries)
+        if len(kept) < len(entries):
+            log.warning("The %s prompts are a sequence, but the video is sampled in one piece: only the first counts. "
+                        "Use 'CogVideoX Context Windows' with a window shorter than the video.", name)
+
+
 def outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
                  denoise_mask: Tensor | None = None, callback: Callable[..., Any] | None = None,
                  disable_pbar: bool = False, seed: int | None = None, latent_shapes: Any = None) -> Tensor:
@@ -109,6 +121,7 @@ def outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
         log.warning(MASKED_SECOND_STAGE)
     padding = model.spec.padding_frames(latent_image.shape[2])
     noise = with_padding_noise(noise, latent_image.shape[2], padding, seed)
+    _keep_first_prompts(executor.class_obj, latent_image.shape[2] + padding)
     callback = _checked_callback(callback, padding, model.spec, model.get_dtype_inference())
     if padding:
         latent_image = repeat_first(latent_image, padding)
