@@ -345,6 +345,8 @@ def _forward_beside(trajectory: Trajectory, executor: Any, x: Tensor, timestep: 
         SpecError: the network is given a part of the video.
     """
     reference = trajectory.at(round(float(timestep[0]))).to(x)
+    frames = getattr(options.get("context_window"), "index_list", ())  # a closed loop in one window: a rolled video
+    reference = reference[:, :, frames] if len(frames) == reference.shape[2] else reference
     if VIDEO_KEY in options:  # memory is short, and the videos of the batch run one by one
         reference = reference[options[VIDEO_KEY]:][:1]
     if x.shape[2:] != reference.shape[2:]:

@@ -57,13 +57,13 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
             # Not core's name, for which core has a way of its own that takes no window over the end.
             comfy.context_windows.ContextFuseMethod(f"{WINDOWS_KEY}_{windows.fuse}", weights),
             context_length=windows.latent_frames, context_overlap=windows.latent_overlap, dim=TIME,
-            freenoise=windows.noise != INDEPENDENT,
+            closed_loop=windows.closed, freenoise=windows.noise != INDEPENDENT,
             # A frame before each window would make it longer than what the model was trained on, and odd for 1.5.
             causal_window_fix=False)
         self.windows = windows
 
     def should_use_context(self, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any) -> bool:
-        return x_in.size(TIME) > self.context_length
+        return self.windows.apply_to(x_in.size(TIME))
 
     def get_context_windows(self, model: Any, x_in: Tensor, model_options: Any) -> list[Window]:
         total = x_in.size(TIME)
@@ -132,8 +132,8 @@ def _for_one_run(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
     spec = handler.windows.spec
     frames = (noise.size(TIME) // spec.transformer.temporal_patch - 1) * spec.token_frames + 1
     if noise.size(TIME) <= handler.context_length:
-        log.info("Context windows: %d frames fit into one window of %d, so there are none.", frames,
-                 handler.windows.length)
+        log.info("Context windows: %d frames fit into one window of %d, so there %s.", frames, handler.windows.length,
+                 "is one, which begins elsewhere at each step" if handler.windows.closed else "are none")
     else:
         handler.warn_of_unseen(executor.class_obj.conds, noise.size(TIME), len(sigmas) - 1)
     options[HANDLER] = copy.copy(handler)

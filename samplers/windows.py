@@ -61,10 +61,12 @@ SCHEDULES = tuple(_SCHEDULES)
 def plan(total: int, length: int, overlap: int, schedule: str, step: int = 0) -> list[list[int]]:
     """The windows over ``total`` tokens at a step: each a list of ``length`` tokens, or one of all if they fit.
 
-    ``overlap`` is less than ``length``.
+    ``overlap`` is less than ``length``. The one of a closed loop begins elsewhere at each step, so that none of the
+    frames is always the first: the latent shift of Mobius (Bi 2025).
     """
     if total <= length:
-        return [list(range(total))]
+        first = round(total * halving(step)) if schedule == LOOPED else 0
+        return [[(first + token) % total for token in range(total)]]
     return _SCHEDULES[schedule](total, length, overlap, step)
 
 
@@ -188,6 +190,15 @@ class Windows:
     def latent_overlap(self) -> int:
         return self.overlap // self.spec.token_frames * self.spec.transformer.temporal_patch
 
+    @property
+    def closed(self) -> bool:
+        """The video's end goes over into its beginning."""
+        return self.schedule == LOOPED
+
+    def apply_to(self, total: int) -> bool:
+        """Whether ``total`` latent frames are seen otherwise than without windows."""
+        return self.closed or total > self.latent_frames
+
     def at(self, total: int, step: int) -> list[list[int]]:
         """The windows over ``total`` latent frames, padding frames included, as latent frames. Tokens stay whole."""
         patch = self.spec.transformer.temporal_patch
@@ -195,7 +206,7 @@ class Windows:
         return [[token * patch + i for token in window for i in range(patch)] for window in tokens]
 
     def weights_of(self, window: Sequence[int], total: int) -> list[float]:
-        return weights(window, total, self.latent_overlap, self.fuse, self.schedule == LOOPED)
+        return weights(window, total, self.latent_overlap, self.fuse, self.closed)
 
     def noise_of(self, total: int, seed: int) -> list[int]:
         return noise_order(total, self.latent_frames, self.latent_overlap, self.noise, seed)
@@ -203,7 +214,7 @@ class Windows:
     def prompts_of(self, turns: Sequence[Turn], window: Sequence[int], total: int) -> tuple[int, int, float]:
         """As ``mix``, for the middle of a window; a cross-fade takes as long as the overlap."""
         middle = (window[0] + len(window) / 2) % total
-        return mix(turns, middle / total, self.latent_overlap / total, self.schedule == LOOPED)
+        return mix(turns, middle / total, self.latent_overlap / total, self.closed)
 
     def unseen(self, turns: Sequence[Turn], total: int, steps: int) -> list[int]:
         """Which prompts of a sequence count most in no window of a run, by their place in ``turns``."""

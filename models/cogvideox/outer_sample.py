@@ -64,9 +64,9 @@ def repeat_first(x: Tensor, frames: int) -> Tensor:
     return torch.cat([x[:, :, :1].expand(-1, -1, frames, -1, -1), x], dim=2)
 
 
-def _checked_callback(callback: Callable[..., Any] | None, padding: int, spec: ModelSpec,
+def _checked_callback(callback: Callable[..., Any] | None, extra: int, spec: ModelSpec,
                       dtype: torch.dtype) -> Callable[..., Any]:
-    """Trims the padding frames off what previews and ``denoised_output`` see; refuses a NaN at the first step."""
+    """Trims the ``extra`` frames off what previews and ``denoised_output`` see; refuses a NaN at the first step."""
     checked = False
 
     def trimmed(step: int, x0: Tensor, x: Tensor, total_steps: int) -> Any:
@@ -76,7 +76,7 @@ def _checked_callback(callback: Callable[..., Any] | None, padding: int, spec: M
             if not torch.isfinite(x0).all():
                 raise ValueError(_nan_message(spec, dtype))
         if callback is not None:
-            return callback(step, x0[:, :, padding:], x[:, :, padding:], total_steps)
+            return callback(step, x0[:, :, extra:], x[:, :, extra:], total_steps)
         return None
 
     return trimmed
@@ -102,10 +102,15 @@ def _keep_first_prompts(guider: Any, frames: int) -> None:
                         "Use 'CogVideoX Context Windows' with a window shorter than the video.", name)
 
 
+def _is_closed_loop(guider: Any) -> bool:
+    handler = guider.model_options.get("context_handler")
+    return getattr(getattr(handler, "windows", None), "closed", False)
+
+
 def outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
                  denoise_mask: Tensor | None = None, callback: Callable[..., Any] | None = None,
                  disable_pbar: bool = False, seed: int | None = None, latent_shapes: Any = None) -> Tensor:
-    """OUTER_SAMPLE wrapper. Tensors are [B, C, T, H, W], unscaled.
+    """OUTER_SAMPLE wrapper. Tensors are [B, C, T, H, W], unscaled. A closed loop of 1.5 keeps its padding frames.
 
     Raises:
         SpecError: another model's latent or inverted noise, or a size off the grid.
@@ -120,9 +125,11 @@ def outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
     if denoise_mask is not None and _is_second_stage(noise, sigmas, model):
         log.warning(MASKED_SECOND_STAGE)
     padding = model.spec.padding_frames(latent_image.shape[2])
+    # In a closed loop the padding frames lie between the last frame and the first: without them there is a gap.
+    extra = 0 if _is_closed_loop(executor.class_obj) else padding
     noise = with_padding_noise(noise, latent_image.shape[2], padding, seed)
     _keep_first_prompts(executor.class_obj, latent_image.shape[2] + padding)
-    callback = _checked_callback(callback, padding, model.spec, model.get_dtype_inference())
+    callback = _checked_callback(callback, extra, model.spec, model.get_dtype_inference())
     if padding:
         latent_image = repeat_first(latent_image, padding)
         if denoise_mask is not None:
@@ -133,4 +140,4 @@ def outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
                        latent_shapes=latent_shapes)
     if denoise_mask is not None and len(sigmas) and float(sigmas[-1]) == 0:  # else it is to stay noisy
         samples = torch.where(denoise_mask.to(samples.device) == 0, latent_image.to(samples), samples)
-    return samples[:, :, padding:]
+    return samples[:, :, extra:]

@@ -70,6 +70,14 @@ def test_uniform_and_looped_borders_move():
         assert max(count for frame, count in starts.items() if frame not in (0, 87)) <= 2
 
 
+def test_the_one_window_of_a_closed_loop_begins_at_every_frame():
+    for total in (1, 2, 5, 13, 22):
+        windows = [plan(total, 22, 4, "looped", step)[0] for step in range(32)]
+        assert all(window == [(window[0] + i) % total for i in range(total)] for window in windows)
+        assert {window[0] for window in windows} == set(range(total)) and windows[0][0] == 0
+    assert plan(13, 13, 4, "uniform", 3) == [list(range(13))]
+
+
 def test_linear_is_a_cross_fade():
     """Where two windows share just the overlap their weights sum to 1 before they are normalised."""
     total, length, overlap = 22, 13, 4
