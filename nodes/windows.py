@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..models.specs import PUBLISHED, SpecError
 from ..samplers.windows import FUSES, NOISES, POSITIONS, SCHEDULES, Windows, window_problem
@@ -23,6 +24,19 @@ def _check(length: int | None, overlap: int | None) -> None:
         raise SpecError(problem)
 
 
+def _shown(windows: Windows, latent: dict[str, Any]) -> tuple[str, Any]:
+    """The plan for a LATENT as JSON, and as an IMAGE."""
+    from ..models.specs import check_latent
+    from ..samplers.plan import described
+    from ..samplers.plan_picture import picture_of
+
+    shape = tuple(latent["samples"].shape)
+    if len(shape) == 5:  # core's empty image latents have no frames, and fewer channels
+        check_latent(shape, windows.spec)
+    plan = described(windows, shape[2] if len(shape) == 5 else 1)
+    return json.dumps(plan), picture_of(plan)
+
+
 class ContextWindows(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -32,8 +46,10 @@ class ContextWindows(io.ComfyNode):
             category="CogVideoX/sampling",
             description="Samples a video longer than the model was trained on in overlapping windows, which it blends "
                         "at every step. Memory depends on the window, not on the video. A video that fits into one "
-                        "window is sampled as without this node.",
-            search_aliases=["long video CogVideoX", "FreeNoise", "sliding window CogVideoX", "extend length CogVideoX"],
+                        "window is sampled as without this node, except with the schedule looped, which makes a "
+                        "closed loop of any video.",
+            search_aliases=["long video CogVideoX", "FreeNoise", "sliding window CogVideoX", "extend length CogVideoX",
+                            "closed loop CogVideoX", "looping video CogVideoX", "seamless loop"],
             inputs=[
                 io.Model.Input("model", tooltip="A CogVideoX model."),
                 io.Int.Input("length", default=49, min=1, max=MAX_FRAMES, step=8, tooltip="Frames of a window: 8N+1 "
@@ -44,8 +60,8 @@ class ContextWindows(io.ComfyNode):
                              "takes longer."),
                 io.Combo.Input("schedule", options=list(SCHEDULES), tooltip="Where the windows lie. static: the same "
                                "at each step. uniform: moved on at each step, so that no border stays in one place. "
-                               "looped: likewise, over the end into the beginning too. batched: side by side, "
-                               "without overlap."),
+                               "looped: likewise, over the end into the beginning too: a closed loop, whose last "
+                               "frame meets its first. batched: side by side, without overlap."),
                 io.Combo.Input("fuse", options=list(FUSES), tooltip="How windows are blended where they overlap. "
                                "pyramid: by the distance from the window's end. linear: a cross-fade over the "
                                "overlap. flat: their mean. relative: by the distance from the window's middle."),
@@ -58,8 +74,11 @@ class ContextWindows(io.ComfyNode):
                 io.Combo.Input("positions", options=list(POSITIONS), tooltip="window: each window begins at position "
                                "0, as the model was trained. global: frames keep their positions in the whole video. "
                                "5B-I2V takes window only."),
+                io.Latent.Input("latent", optional=True, tooltip="The LATENT that will be sampled: the node then shows "
+                                "its windows, and gives them as JSON."),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(), io.String.Output("plan", tooltip="The windows over the latent as JSON: which "
+                                                         "frames each has, with what weights. Empty without one.")],
         )
 
     @classmethod
@@ -68,12 +87,17 @@ class ContextWindows(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, length: int, overlap: int, schedule: str, fuse: str, noise: str, anchor: bool,
-                positions: str) -> io.NodeOutput:
+                positions: str, latent: dict[str, Any] | None = None) -> io.NodeOutput:
         from ..samplers.adapter import spec_of
         from ..samplers.long_video import with_context_windows
 
         windows = Windows(spec_of(model), length, overlap, schedule, fuse, noise, anchor, positions)
-        return io.NodeOutput(with_context_windows(model, windows))
+        patched = with_context_windows(model, windows)
+        if latent is None:
+            return io.NodeOutput(patched, "")
+        plan, picture = _shown(windows, latent)
+        shown = ui.PreviewImage(picture, cls=cls).as_dict()
+        return io.NodeOutput(patched, plan, ui={**shown, "text": [plan]})
 
 
 class RIFLEx(io.ComfyNode):

@@ -3,6 +3,7 @@ once on a server of each version."""
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -14,12 +15,14 @@ from cogx.model_loaders import load
 from cogx.model_loaders.text_encoder import encode
 from cogx.samplers import adapter
 from cogx.samplers.long_video import Window
+from cogx.samplers.plan_picture import WIDTH
 from cogx.samplers.windows import halving
 from cogx.scripts import demo_pipeline
 from cogx.tests.comfy.demo import GUIDANCE, TEXT_TOKENS
 from cogx.tests.comfy.demo import STEPS as DEMO_STEPS
 from cogx.tests.comfy.graphs import latent_only, patched_model, text_to_video, with_core_ksampler
 from cogx.tests.comfy.test_context_windows import SETTINGS, load_tiny, noise_of, run, windowed  # noqa: F401 - fixture
+from PIL import Image
 from torch import Tensor
 
 TIME = 2
@@ -133,6 +136,16 @@ def test_the_last_frame_meets_the_first(latents, clips):
 def test_on_a_server(request, saved_latent, host):
     running = request.getfixturevalue(host)
     graph = with_core_ksampler(latent_only(text_to_video("1.5-5B")), "euler", "simple", steps=2)
-    loop = patched_model(graph, "CogXContextWindows", **{**SETTINGS, "schedule": "looped"})
-    made = saved_latent(running, running.run(loop))
+    loop = patched_model(graph, "CogXContextWindows", latent=["4", 0], **{**SETTINGS, "schedule": "looped"})
+    loop["4"]["inputs"].pop("model", None)
+    loop["21"] = {"class_type": "PreviewAny", "inputs": {"source": ["20", 1]}}
+    run = running.run(loop)
+    made = saved_latent(running, run)
     assert made.shape == (1, 16, 6, 8, 12) and torch.isfinite(made).all()
+    shown = run.outputs["20"]
+    assert shown["text"] == run.outputs["21"]["text"]
+    plan = json.loads(shown["text"][0])
+    first, second = (step[0]["frames"] for step in plan["steps"][:2])
+    assert (plan["frames"], first, second) == (21, [[0, 20]], [[13, 20], [0, 12]])
+    with Image.open(running.output(run, "20")) as picture:
+        assert picture.format == "PNG" and picture.width == WIDTH
