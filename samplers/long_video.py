@@ -16,12 +16,13 @@ from ..models.cogvideox.positions import PLACE_KEY, RIFLEX_KEY, Place, Riflex, i
 from ..models.specs import SpecError
 from ..models.turns import TURN, sequences
 from .adapter import spec_of
-from .windows import GLOBAL, INDEPENDENT, Windows
+from .windows import GLOBAL, INDEPENDENT, Windows, runs_within
 
 log = logging.getLogger("cogx")
 
 WINDOWS_KEY = "cogx_context_windows"
 HANDLER = "context_handler"  # where ComfyUI looks for it, in model_options
+EASYCACHE = "easycache"  # in transformer_options
 TIME = 2  # [B, C, T, H, W]
 # Of core's context windows node, which ours replaces.
 CORE_NOISE_KEY, CORE_PREPARE_KEY = "ContextWindows_sampler_sample", "ContextWindows_prepare_sampling"
@@ -45,6 +46,17 @@ def _between(one: dict[str, Any], other: dict[str, Any], share: float) -> dict[s
     return {**nearer, "model_conds": {**nearer["model_conds"], "c_crossattn": text}}
 
 
+def _areas_of_window(cond: dict[str, Any], window: Window) -> list[dict[str, Any]]:
+    """A condition for a part of the time, as it lies in a window. ComfyUI's area is sizes, then starts; with time six
+    numbers."""
+    area = cond.get("area")
+    if area is None or len(area) < 6:
+        return [cond]
+    frames, rows, columns, first, *corner = area
+    return [{**cond, "area": (count, rows, columns, start, *corner)}
+            for start, count in runs_within(window.index_list, first, frames)]
+
+
 class WindowHandler(comfy.context_windows.IndexListContextHandler):
     """Core's loop over windows, with this pack's windows and weights, and with the conditions that its models have."""
 
@@ -61,6 +73,7 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
             # A frame before each window would make it longer than what the model was trained on, and odd for 1.5.
             causal_window_fix=False)
         self.windows = windows
+        self.caches: dict[int, Any] = {}
 
     def should_use_context(self, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any) -> bool:
         return self.windows.apply_to(x_in.size(TIME))
@@ -74,7 +87,8 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
         """The image condition and a mask over frames go by window; text, ofs and all else have no time."""
         if cond_in is None:
             return None
-        return [self._of_window(cond, x_in, window) for cond in self._prompts_of_window(cond_in, window)]
+        return [self._of_window(cond, x_in, window) for prompt in self._prompts_of_window(cond_in, window)
+                for cond in _areas_of_window(prompt, window)]
 
     def _prompts_of_window(self, conds: list[dict[str, Any]], window: Window) -> list[dict[str, Any]]:
         """One entry of each sequence of prompts, so that they take no more forwards than one prompt does."""
@@ -115,11 +129,26 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
     def evaluate_context_windows(self, calc_cond_batch: Callable[..., Any], model: Any, x_in: Tensor, conds: Any,
                                  timestep: Tensor, enumerated_context_windows: list[tuple[int, Window]],
                                  model_options: dict[str, Any], **kwargs: Any) -> Any:
+        (index, window), = enumerated_context_windows  # core gives them one by one
+        options = model_options["transformer_options"]
         if self.windows.positions == GLOBAL:
-            (_, window), = enumerated_context_windows  # core gives them one by one
-            model_options["transformer_options"][PLACE_KEY] = Place(tuple(window.index_list), x_in.size(TIME))
-        return super().evaluate_context_windows(calc_cond_batch, model, x_in, conds, timestep,
-                                                enumerated_context_windows, model_options, **kwargs)
+            options[PLACE_KEY] = Place(tuple(window.index_list), x_in.size(TIME))
+        cache = options.get(EASYCACHE)
+        if hasattr(cache, "first_cond_uuid"):  # LazyCache has none: it sees the whole video
+            options[EASYCACHE] = self._cache_of(index, cache, model)
+        try:
+            return super().evaluate_context_windows(calc_cond_batch, model, x_in, conds, timestep,
+                                                    enumerated_context_windows, model_options, **kwargs)
+        finally:
+            if cache is not None:
+                options[EASYCACHE] = cache
+
+    def _cache_of(self, index: int, cache: Any, model: Any) -> Any:
+        """EasyCache compares a forward with the one before, which must be that of the same window at the last step."""
+        if index not in self.caches or self.windows.moves:
+            self.caches[index] = cache.clone().prepare_timesteps(model.model_sampling)
+        cache.total_steps_skipped = min(own.total_steps_skipped for own in self.caches.values())  # for its log
+        return self.caches[index]
 
 
 def _for_one_run(executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any,
@@ -136,7 +165,11 @@ def _for_one_run(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
                  "is one, which begins elsewhere at each step" if handler.windows.closed else "are none")
     else:
         handler.warn_of_unseen(executor.class_obj.conds, noise.size(TIME), len(sigmas) - 1)
-    options[HANDLER] = copy.copy(handler)
+    if handler.windows.moves and hasattr(options.get("transformer_options", {}).get(EASYCACHE), "first_cond_uuid"):
+        log.warning("Context windows: EasyCache skips nothing, as %s windows see other frames at each step. Set the "
+                    "schedule to static.", handler.windows.schedule)
+    options[HANDLER] = own = copy.copy(handler)
+    own.caches = {}
     try:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:

@@ -14,7 +14,7 @@ from .prompts import mix
 
 INDEPENDENT, FREENOISE, REPEATED = NOISES = ("independent", "freenoise", "repeated")
 WINDOW, GLOBAL = POSITIONS = ("window", "global")
-LOOPED = "looped"
+UNIFORM, LOOPED = "uniform", "looped"
 
 
 def halving(step: int) -> float:
@@ -54,7 +54,7 @@ def _batched(total: int, length: int, overlap: int, step: int) -> list[list[int]
 
 
 _SCHEDULES: dict[str, Callable[[int, int, int, int], list[list[int]]]] = {
-    "static": _static, "uniform": _uniform, LOOPED: _looped, "batched": _batched}
+    "static": _static, UNIFORM: _uniform, LOOPED: _looped, "batched": _batched}
 SCHEDULES = tuple(_SCHEDULES)
 
 
@@ -151,6 +151,14 @@ def window_problem(length: int, overlap: int, *specs: ModelSpec) -> str | None:
     return None
 
 
+def runs_within(window: Sequence[int], first: int, count: int) -> list[tuple[int, int]]:
+    """Where the frames ``first`` to ``first + count - 1`` are in a window: the start and the length of each run."""
+    inside = [place for place, frame in enumerate(window) if first <= frame < first + count]
+    starts = [place for place in inside if place - 1 not in inside]
+    ends = [place for place in inside if place + 1 not in inside]
+    return [(start, end - start + 1) for start, end in zip(starts, ends, strict=True)]
+
+
 @dataclass(frozen=True)
 class Windows:
     """How a MODEL is to see a long video. ``length`` and ``overlap`` are in pixel frames."""
@@ -194,6 +202,11 @@ class Windows:
     def closed(self) -> bool:
         """The video's end goes over into its beginning."""
         return self.schedule == LOOPED
+
+    @property
+    def moves(self) -> bool:
+        """The windows lie elsewhere at each step."""
+        return self.schedule in (UNIFORM, LOOPED)
 
     def apply_to(self, total: int) -> bool:
         """Whether ``total`` latent frames are seen otherwise than without windows."""
