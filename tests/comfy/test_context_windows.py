@@ -319,6 +319,22 @@ def test_on_a_server(request, saved_latent, error, host, variant):
         assert torch.isfinite(riflex).all() and error(riflex, plain) > 1e-4
 
 
+@pytest.mark.parametrize("host", ["server", "oldest_server"])
+def test_equals_core_on_a_server(request, saved_latent, error, host):
+    """Of each version; one video, and FreeNoise of the same seed."""
+    running = request.getfixturevalue(host)
+    graph = latent_only(text_to_video("5B"))
+    graph["4"]["inputs"]["length"] = 57  # three windows side by side
+    graph = with_core_ksampler(graph, "euler", "simple", steps=2)
+    manual = {"context_length": 5, "context_overlap": 2, "context_schedule": "standard_static", "context_stride": 1,
+              "closed_loop": False, "fuse_method": "pyramid", "dim": 2, "freenoise": True, "cond_retain_index_list": "",
+              "split_conds_to_windows": False, "latent_retain_index_list": "", "causal_window_fix": False}
+    ours = patched_model(graph, "CogXContextWindows", **{**SETTINGS, "schedule": "static"})
+    core = patched_model(graph, "ContextWindowsManual", **manual)
+    made, expected, plain = (saved_latent(running, running.run(one)) for one in (ours, core, graph))
+    assert torch.equal(made, expected) and error(made, plain) > 1e-3
+
+
 @pytest.mark.parametrize("variant, inputs, message", [
     ("5B", {"length": 18}, r"length: 18 frames: CogVideoX 1\.0 needs 8N\+1 .*; nearest: 17 or 25\."),
     ("5B", {"overlap": 17}, r"overlap 17: expected less than length 17; nearest: 16\."),
