@@ -141,9 +141,8 @@ def window_problem(length: int, overlap: int, *specs: ModelSpec) -> str | None:
     if problem:
         return f"length: {problem}"
     step = min(spec.token_frames for spec in specs if frames_problem(length, spec) is None)
-    most = (length - 1) // step * step
-    if overlap > most:
-        return f"overlap {overlap}: expected less than length {length}; nearest: {most}."
+    if overlap >= length:  # legal lengths are whole tokens and 1
+        return f"overlap {overlap}: expected less than length {length}; nearest: {length - 1}."
     low, high = nearest_on_grid(overlap, step)
     if low != overlap:
         family = "1.5" if step == specs[-1].token_frames and specs[-1].is_v1_5 else "1.0"

@@ -87,6 +87,15 @@ def test_linear_is_a_cross_fade():
     assert all(abs(a.get(f, 0) + b.get(f, 0) - 1) < 1e-9 for f in range(total))
 
 
+def test_linear_of_a_closed_loop_has_no_ends():
+    """Windows that touch the video's ends fade there like all others."""
+    faded = [0.2, 0.4, 0.6, 0.8, 1, 0.8, 0.6, 0.4, 0.2]
+    for first in (0, 5, 18, 20):
+        window = [(first + i) % 27 for i in range(9)]
+        assert windows_of(V1, 33, 16, "looped", "linear").weights_of(window, 27) == pytest.approx(faded)
+    assert windows_of(V1, 33, 16, "static", "linear").weights_of(list(range(9)), 27)[:5] == [1] * 5
+
+
 @settings(max_examples=200, deadline=None)
 @given(numbers(), st.integers(0, 2**64 - 1))
 def test_freenoise_windows_hold_the_same_noise(sizes, seed):
@@ -139,6 +148,21 @@ def test_1_5_counts_padded_latents_in_whole_tokens():
             for window in windows_of(V1_5, 81, 16, schedule).at(82, step):  # 321 frames: 81 latents and one of padding
                 pairs = list(zip(window[::2], window[1::2], strict=True))
                 assert len(window) == 22 and all(a % 2 == 0 and b == a + 1 for a, b in pairs)
+
+
+def test_the_prompt_of_a_window():
+    """That of its middle, over the end too; a cross-fade as long as the overlap, between the last and the first in a
+    closed loop only. And which prompts no window has for its own."""
+    turns = [(turn, 8) for turn in range(8)]
+    loop, static = windows_of(schedule="looped", overlap=8), windows_of(overlap=8)
+    assert loop.prompts_of(turns, [(24 + i) % 26 for i in range(13)], 26) == (1, 2, 0.0)  # its middle: 4.5 of 26
+    around_the_end = [(20 + i) % 26 for i in range(13)]  # 0.5 of 26
+    assert loop.prompts_of(turns, around_the_end, 26) == pytest.approx((7, 0, 0.75))
+    assert static.prompts_of(turns, around_the_end, 26) == (0, 1, 0.0)
+    assert static.prompts_of([(0, 2), (1, 2)], list(range(6, 19)), 26) == pytest.approx((0, 1, 0.25))
+    assert static.unseen([(0, 3), (1, 3), (2, 3)], 26, 1) == [1]  # middles: 6.5, 17.5 and 19.5
+    assert static.unseen(turns, 26, 3) == [0, 1, 3, 4, 7] and static.unseen([(0, 2), (1, 2)], 24, 1) == []
+    assert len(windows_of(schedule="uniform", overlap=8).unseen(turns, 26, 8)) < 5, "windows that move show more"
 
 
 BAD = [
