@@ -24,8 +24,7 @@ WINDOWS_KEY = "cogx_context_windows"
 HANDLER = "context_handler"  # where ComfyUI looks for it, in model_options
 EASYCACHE = "easycache"  # in transformer_options
 TIME = 2  # [B, C, T, H, W]
-# Of core's context windows node, which ours replaces.
-CORE_NOISE_KEY, CORE_PREPARE_KEY = "ContextWindows_sampler_sample", "ContextWindows_prepare_sampling"
+CORE_PREPARE_KEY = "ContextWindows_prepare_sampling"  # of core's context windows node, which ours replaces
 
 
 class Window(comfy.context_windows.IndexListContextWindow):
@@ -168,19 +167,16 @@ def _for_one_run(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
     if handler.windows.moves and hasattr(options.get("transformer_options", {}).get(EASYCACHE), "first_cond_uuid"):
         log.warning("Context windows: EasyCache skips nothing, as %s windows see other frames at each step. Set the "
                     "schedule to static.", handler.windows.schedule)
-    options[HANDLER] = own = copy.copy(handler)
+    options[HANDLER] = own = copy.copy(handler)  # in the guider's own copy of the options, made for the run
     own.caches = {}
-    try:
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    finally:
-        options[HANDLER] = handler
+    return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
 def _with_shared_noise(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any,
                        noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """SAMPLER_SAMPLE wrapper: inside all that know the video's own noise."""
     handler = extra_args["model_options"].get(HANDLER)
-    if isinstance(handler, WindowHandler) and handler.freenoise:
+    if isinstance(handler, WindowHandler):
         noise = noise[:, :, handler.windows.noise_of(noise.size(TIME), extra_args.get("seed") or 0)]
     return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
@@ -190,7 +186,7 @@ def with_context_windows(model: Any, windows: Windows) -> Any:
     kinds = comfy.patcher_extension.WrappersMP
     model = model.clone()
     for kind, key in ((kinds.OUTER_SAMPLE, WINDOWS_KEY), (kinds.SAMPLER_SAMPLE, WINDOWS_KEY),
-                      (kinds.SAMPLER_SAMPLE, CORE_NOISE_KEY), (kinds.PREPARE_SAMPLING, CORE_PREPARE_KEY)):
+                      (kinds.PREPARE_SAMPLING, CORE_PREPARE_KEY)):
         model.remove_wrappers_with_key(kind, key)
     model.model_options[HANDLER] = WindowHandler(windows)
     comfy.context_windows.create_prepare_sampling_wrapper(model)  # the memory to free is that of a window

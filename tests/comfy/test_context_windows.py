@@ -102,24 +102,33 @@ def test_one_window_that_covers_everything(load_tiny, caplog, variant, frames):
 @pytest.mark.parametrize("variant", ["5B", "1.5-5B"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("fuse", FUSES)
-def test_weights_sum_to_one(load_tiny, variant, schedule, fuse):
-    """Core's loop with our windows and weights: windows of ones make a video of ones, at every step and length."""
+def test_weights_sum_to_one(load_tiny, error, variant, schedule, fuse):
+    """Core's loop with our windows and weights, at every step and length: windows of ones make a video of ones, and
+    others the mean by the weights of the plan."""
     model = load_tiny(variant)
     windows = windows_of(model, schedule=schedule, fuse=fuse)
     sigmas = torch.linspace(9, 0, 10)
-    seen = set()
+    seen, calls = set(), []
 
     def calc(model: Any, conds: Any, part: Tensor, timestep: Tensor, options: Any) -> list[Tensor]:
         seen.add((part.shape[2], len(timestep)))
-        return [torch.ones_like(part), torch.full_like(part, 2.0)]
+        calls.append(len(calls) + 1)
+        return [torch.ones_like(part), torch.full_like(part, calls[-1])]
 
     for total in range(windows.latent_frames + 2, 40, 2):
         x = torch.zeros(2, 16, total, 2, 2)
-        for sigma in sigmas[:-1]:
+        for step, sigma in enumerate(sigmas[:-1]):
+            calls.clear()
             options = {"transformer_options": {"sample_sigmas": sigmas}}
-            both = WindowHandler(windows).execute(calc, model.model, [[{"model_conds": {}}], None], x, sigma.expand(2),
-                                                  options)
-            assert all(float((got - value).abs().max()) < 1e-6 for got, value in zip(both, (1, 2), strict=True))
+            ones, numbers = WindowHandler(windows).execute(calc, model.model, [[{"model_conds": {}}], None], x,
+                                                           sigma.expand(2), options)
+            sums, expected = torch.zeros(total), torch.zeros(total)
+            for number, window in enumerate(windows.at(total, step), 1):
+                shares = torch.tensor(windows.weights_of(window, total))
+                sums[window] += shares
+                expected[window] += number * shares
+            assert float((ones - 1).abs().max()) < 1e-6
+            assert error(numbers[0, 0, :, 0, 0], expected / sums) < 1e-6
     assert seen == {(windows.latent_frames, 2)}, "a window of another length, or a part of the timestep"
 
 
@@ -168,7 +177,8 @@ def test_only_the_image_and_masks_have_time(load_tiny):
         assert all(part["model_conds"][name] is conds[name] for name in ("c_crossattn", "ofs"))
         assert all(part[name] is whole[name] for name in ("cross_attn", "area", "strength"))
         assert torch.equal(part["mask"], mask[:, window.index_list])
-        assert part["model_conds"]["c_concat"].cond.shape[2] == 6 and conds["c_concat"].cond.shape[2] == total
+        image, given = conds["c_concat"].cond, part["model_conds"]["c_concat"].cond
+        assert torch.equal(given, image[:, :, [0, 1, *window.index_list[2:]]]), "the anchor is a whole token"
 
 
 @pytest.mark.parametrize("sampler", ["cogvideox_ddim", "dpmpp_2m"])
@@ -227,6 +237,18 @@ def test_a_run_leaves_nothing_behind(load_tiny):
     handler = model.model_options["context_handler"]
     assert handler._step == 0 and not hasattr(handler, "_model")
     assert torch.equal(run(model, noise), first)
+
+
+def test_the_memory_that_is_asked_for_is_that_of_a_window(load_tiny):
+    model, asked = windowed(load_tiny("5B")), []
+
+    def prepare(executor: Any, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(list(shape))
+        return executor(model, shape, *args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "test", prepare)
+    run(model, noise_of(1, count=2))
+    assert asked == [[2, 16, 5, 8, 12]]
 
 
 def test_global_positions(load_tiny, error):
