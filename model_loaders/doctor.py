@@ -6,6 +6,7 @@ Built on ``load.find_*``: what they accept loads. ``explained`` adds to a loader
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,18 @@ from ..models.specs import PUBLISHED, Geometry, ModelSpec, SpecError, VAESpec
 from . import folders, load
 from .download import UNFINISHED
 from .families import family_of
-from .files import kind_of, main_dtype, pipeline_class, read_header, read_json, weight_set
+from .files import (
+    CONFIG,
+    INDEX,
+    is_file,
+    is_folder,
+    kind_of,
+    main_dtype,
+    pipeline_class,
+    read_header,
+    read_json,
+    weight_set,
+)
 from .gguf_files import gguf_names
 from .keys import DIFFUSERS, Shape, find_component
 from .quantized_files import GGUF, describe
@@ -161,8 +173,8 @@ def _seems(path: Path, shapes: dict[str, Shape]) -> str:
     family = family_of(shapes)
     if family:
         return f"It seems to be {family}."
-    if path.is_dir() and (path / "config.json").is_file():
-        config = read_json(path / "config.json")
+    if is_folder(path) and is_file(path / CONFIG):
+        config = read_json(path / CONFIG)
         return f"Its config.json says {config.get('_class_name') or config.get('architectures')}."
     return f"Its tensors are {sorted(shapes)[:3]} ..." if shapes else ""
 
@@ -237,13 +249,12 @@ class Report:
 def examine(path: Path) -> Report:
     """Everything about a pipeline folder, a component folder or a file."""
     report = Report([str(path)])
-    if not path.exists():
+    if not os.path.exists(path):
         report.problems += 1
         report.add("problem: there is no such file or folder.", 1)
-    elif (path / "model_index.json").is_file():
+    elif is_file(path / INDEX):
         _examine_pipeline(path, report)
-    elif path.is_dir() and not (path / "config.json").is_file() and any((path / kind.folder).is_dir()
-                                                                        for kind in KINDS):
+    elif is_folder(path) and not is_file(path / CONFIG) and any(is_folder(path / kind.folder) for kind in KINDS):
         report.add("what: parts of a pipeline, without its model_index.json: the parts load one by one", 1)
         _examine_parts(path, report)
     else:
@@ -297,7 +308,7 @@ def _examine_pipeline(folder: Path, report: Report) -> None:
 def _examine_parts(folder: Path, report: Report, complete: bool = False) -> list[Found]:
     found = []
     for kind in KINDS:
-        if complete or (folder / kind.folder).exists():
+        if complete or os.path.exists(folder / kind.folder):
             report.add(f"{kind.folder}:", 1)
             one = _examine_component(folder / kind.folder, report, depth=2)
             found += [one] if one else []

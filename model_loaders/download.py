@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..models.specs import SpecError
+from .files import INDEX
 from .published import HUB, Repository, folders_of, repository
 
 log = logging.getLogger("cogx")
 
 RECORD = ".cogx-download.json"  # in a downloaded folder: from which repository and commit its files are
 UNFINISHED = ".cogx-unfinished"  # beside the downloaded folders: what is not complete yet
-INDEX = "model_index.json"
 SPARE_BYTES = 500_000_000  # left free on the disk
 _HASH_CHUNK = 2**24
 _SUFFIXES = (".safetensors", ".json", ".model")  # of the files that the loaders read

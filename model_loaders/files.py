@@ -21,6 +21,7 @@ _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8
          "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64}
 
 
+INDEX, CONFIG = "model_index.json", "config.json"
 SAFETENSORS = (".safetensors", ".sft")
 _STARTS = {b"PK\x03\x04": "torch", b"GGUF": "gguf",
            **{bytes([0x80, protocol]): "old torch" for protocol in range(2, 6)}}  # a bare pickle
@@ -137,7 +138,17 @@ def readable_kind(path: Path) -> str:
 
 def pipeline_class(folder: Path) -> str:
     """The pipeline class that a folder's model_index.json names."""
-    return str(read_json(folder / "model_index.json").get("_class_name"))
+    return str(read_json(folder / INDEX).get("_class_name"))
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a file; not if that cannot be known (``Path.is_file`` raises in a folder of another user)."""
+    return os.path.isfile(path)
+
+
+def is_folder(path: Path) -> bool:
+    """As ``is_file``."""
+    return os.path.isdir(path)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -146,7 +157,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         SpecError: none, more than one without an index, or a shard is missing.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise SpecError(f"Missing folder: {folder}. Download the whole pipeline folder again.")
     # A variant (model.fp16.safetensors) has one part more in its name: the plain file comes first.
     indexes = sorted(folder.glob("*.safetensors.index.json"), key=lambda file: (file.name.count("."), file.name))
@@ -160,9 +171,16 @@ def weight_files(folder: Path) -> list[Path]:
         raise SpecError(f"{folder}: expected one .safetensors file, or several and their .safetensors.index.json; got "
                         f"{[file.name for file in files]}. Keep one, or download the index too.")
     if not files:
-        raise SpecError(f"{folder}: expected a .safetensors file; got {sorted(os.listdir(folder))}. "
-                        "Download the weights in safetensors format.")
+        raise SpecError(f"{folder}: expected a .safetensors file; got {_listed(folder)}. Download the weights in "
+                        "safetensors format.")
     return files
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise SpecError(f"{folder} cannot be read: {error.strerror}. Change its permissions.") from None
 
 
 def _names_in(index: Path) -> list[str]:
@@ -173,7 +191,7 @@ def _names_in(index: Path) -> list[str]:
 
 
 def _shards(folder: Path, names: list[str], who: str) -> list[Path]:
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not is_file(folder / name)]
     if missing or not names:
         raise SpecError(f"{folder} lacks {missing or 'weights'}, which {who}. "
                         "Download the missing files into this folder.")
@@ -189,7 +207,7 @@ def weight_set(path: Path) -> list[Path]:
     Raises:
         SpecError: as ``weight_files``; a shard of the set is missing.
     """
-    if path.is_dir() or not (path.suffix or path.exists()):  # a part of a pipeline that is not there
+    if is_folder(path) or not (path.suffix or os.path.exists(path)):  # a part of a pipeline that is not there
         return weight_files(path)
     for index in sorted(path.parent.glob("*.index.json")):
         try:
@@ -208,21 +226,14 @@ def weight_set(path: Path) -> list[Path]:
 
 def component_folder(path: Path) -> Path | None:
     """The folder whose config.json belongs to the weights at ``path``: itself, or the one where they lie alone."""
-    if path.is_dir():
+    if is_folder(path):
         return path
-    if not (path.parent / "config.json").is_file():
+    if not is_file(path.parent / CONFIG):
         return None
     try:
         return path.parent if weight_files(path.parent) == weight_set(path) else None
     except SpecError:
         return None
-
-
-def fingerprint(path: Path) -> str:
-    """Changes when a file below ``path`` (or ``path`` itself) is replaced: names, sizes and times, no content."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    stats = [(file, file.stat()) for file in files if file.exists()]
-    return ";".join(f"{file.name},{stat.st_size},{stat.st_mtime_ns}" for file, stat in stats)
 
 
 def main_dtype(tensors: Mapping[str, TensorInfo]) -> str:

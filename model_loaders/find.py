@@ -19,11 +19,12 @@ from ..models.cogvideox.vae import CogVideoXVAENetwork
 from ..models.specs import ModelSpec, SpecError, TextSpec, TransformerSpec, VAESpec
 from . import detect, weights
 from .families import not_this
-from .files import TensorInfo, check_shapes, component_folder, main_dtype, pipeline_class, read_json, weight_set
+from .files import TensorInfo, check_shapes, is_file, is_folder, main_dtype, pipeline_class, read_json, weight_set
 from .keys import TEXT_MARK, TRANSFORMER_MARK, VAE_MARK, Found, Part, Shape, find_component
 from .quantization import check_stored, described
 from .quantized_files import Described, Layers, describe
 from .saved_spec import spec_from_metadata
+from .sources import config_of, latent_configs
 from .text_encoder import network_config
 
 _FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -97,13 +98,12 @@ def _see(component: str, path: Path) -> _Seen:
 def _config_of(path: Path, names: Mapping[str, str]) -> tuple[dict[str, Any] | None, Path]:
     """The config.json that belongs to the weights at ``path``: a folder's must be there and of the right class, one
     beside a file counts if it is of it. ``names``: the entry that says the class, and the class."""
-    folder = component_folder(path)
-    file = (folder or path) / "config.json"
-    if folder is None:
-        return None, file
+    file = config_of(path)
+    if file is None:
+        return None, path
     config = read_json(file)
     right = all(value in str(config.get(key)) for key, value in names.items())
-    return (config if path.is_dir() or right else None), file
+    return (config if is_folder(path) or right else None), file
 
 
 def expected_shapes(network: type[torch.nn.Module], spec: Any) -> Shapes:
@@ -148,8 +148,7 @@ def find_model(path: Path, variant: str = "auto", vae_scale: float = 0.0) -> Com
     seen = _see("transformer", path)
     config, file = _config_of(path, {"_class_name": detect.TRANSFORMER_CLASS})
     if config is not None:
-        siblings = [file.parent.parent / name for name in ("vae/config.json", "scheduler/scheduler_config.json")]
-        configs = [config, *(read_json(sibling) if sibling.is_file() else None for sibling in siblings)]
+        configs = [config, *(read_json(other) if is_file(other) else None for other in latent_configs(file))]
         saved, where = None, str(file)
     else:
         inside = detect.configs_in_metadata(seen.source.metadata)

@@ -14,7 +14,7 @@ import folder_paths
 
 from ..models.specs import SpecError
 from .download import RECORD, UNFINISHED
-from .files import pipeline_class
+from .files import INDEX, is_file, is_folder, pipeline_class
 
 PIPELINE_CATEGORY = "diffusers"
 LEGACY_FOLDER = "CogVideo"  # where people who used other packs have their pipeline folders
@@ -39,21 +39,14 @@ def _folders(name: str) -> list[Path]:
     if not parts or PurePosixPath(name).is_absolute() or any(p == ".." or ":" in p or "\\" in p for p in parts):
         return []
     roots = [EMBEDDED.parent] if _means_embedded(parts[0]) else pipeline_roots()
-    return [folder for root in roots if _is_folder(folder := root.joinpath(*parts))]
+    return [folder for root in roots if is_folder(folder := root.joinpath(*parts))]
 
 
 def _means_embedded(first_part: str) -> bool:
-    return first_part == EMBEDDED.name and (EMBEDDED / "model_index.json").is_file()
+    return first_part == EMBEDDED.name and is_file(EMBEDDED / INDEX)
 
 
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name too long for the file system
-        return False
-
-
-def _folders_below(root: Path, mark: str = "model_index.json") -> list[str]:
+def _folders_below(root: Path, mark: str = INDEX) -> list[str]:
     """The folders that hold the file ``mark``, as names below ``root``; not those inside each other."""
     names = []
     for folder, subfolders, files in os.walk(root, followlinks=True):
@@ -84,7 +77,7 @@ def pipeline_names() -> list[str]:
 def _partial_names() -> list[str]:
     """Folders into which single parts of a pipeline were downloaded (``download.py``)."""
     return sorted({name for root in pipeline_roots() for name in _folders_below(root, RECORD)
-                   if not (root / name / "model_index.json").is_file()})
+                   if not is_file(root / name / INDEX)})
 
 
 def partial_folders() -> list[Path]:
@@ -99,13 +92,13 @@ def download_root(name: str) -> Path:
     Raises:
         SpecError: there is none.
     """
-    begun = [root for root in pipeline_roots() if (root / name).is_dir()]
+    begun = [root for root in pipeline_roots() if is_folder(root / name)]
     roots = [Path(root) for root in folder_paths.get_folder_paths(PIPELINE_CATEGORY)]
     if begun:
         return begun[0]
     for root in roots:
-        existing = next(place for place in (root, *root.parents) if place.exists())
-        if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        existing = next(place for place in (root, *root.parents) if os.path.exists(place))
+        if is_folder(existing) and os.access(existing, os.W_OK | os.X_OK):
             return root
     raise SpecError(f"None of {[str(root) for root in roots]} can be written to. Change their permissions, or name "
                     "another folder as 'diffusers' in extra_model_paths.yaml.")
@@ -118,18 +111,28 @@ def pipeline_path(name: str) -> Path:
         SpecError: there is none of this name; says where to put it.
     """
     for folder in _folders(name):
-        if (folder / "model_index.json").is_file():
+        if is_file(folder / INDEX):
             return folder
+        _check_readable(folder)
     places = [str(root) for root in pipeline_roots()]
     raise SpecError(f"Pipeline folder {str(name)[:80]!r} not found: expected a folder with model_index.json in "
                     f"{places}; found {pipeline_names()}. Put the whole Hugging Face folder there and refresh.")
 
 
+def _check_readable(folder: Path) -> None:
+    try:
+        os.stat(folder / INDEX)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # of another user, or on a drive that is gone
+        raise SpecError(f"{folder} cannot be read: {error.strerror}. Change its permissions, or choose another "
+                        "pipeline.") from None
+
+
 def component_names(component: str) -> list[str]:
     """Single files of a component, and the component folders of pipelines ('NAME/transformer'), complete or not."""
-    folders = [f"{name}/{component}" for name in pipeline_names() if (pipeline_path(name) / component).is_dir()]
-    folders += [f"{name}/{component}" for name in _partial_names() if _folders(f"{name}/{component}")]
-    return file_names(component) + folders
+    names = [f"{name}/{component}" for name in [*pipeline_names(), *_partial_names()]]
+    return file_names(component) + [name for name in names if _folders(name)]
 
 
 def file_names(component: str) -> list[str]:

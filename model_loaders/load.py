@@ -20,7 +20,7 @@ from ..models.cogvideox.apply_model import apply_model, with_ladder
 from ..models.cogvideox.base_model import CogVideoXConfig
 from ..models.cogvideox.outer_sample import outer_sample
 from ..models.specs import PUBLISHED, ModelSpec, check_dtype
-from . import detect
+from . import detect, sources
 from .files import read_json
 from .find import Component, check_pipeline, find_model, find_text_encoder, find_vae
 from .quantization import check_quantization, operations, prepared
@@ -114,16 +114,13 @@ def tokenizer_folder(text_encoder: Path) -> Path:
 
     The published folders have their tokenizer as spiece.model only, which needs packages that ComfyUI does not have.
     """
-    beside = text_encoder.parent / "tokenizer"
-    if text_encoder.is_dir() and (beside / "tokenizer.json").is_file():
-        return beside
-    return default_tokenizer_folder()
+    return sources.tokenizer_folder(text_encoder) or default_tokenizer_folder()
 
 
 def text_tokens_beside(text_encoder: Path) -> int:
     """The token count that the transformer of the same pipeline folder takes; 226 for a single file."""
-    config = text_encoder.parent / "transformer" / "config.json"
-    if text_encoder.is_dir() and config.is_file():
+    config = sources.transformer_config_beside(text_encoder)
+    if config is not None:
         return detect.model_from_configs(read_json(config), where=str(config)).text_tokens
     return PUBLISHED["5B"].text_tokens
 

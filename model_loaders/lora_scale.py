@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.specs import SpecError
-from .files import read_json
+from .files import is_file, read_json
 
 # Under which a file's metadata keeps a JSON object of settings: diffusers, finetrainers.
 _OBJECTS = ("lora_adapter_metadata", "lora_config")
@@ -144,9 +144,9 @@ def files_beside(path: Path) -> list[Path]:
     """The JSON files that may hold a LoRA's settings: NAME.json beside NAME.safetensors, and peft's adapter_config.json
     if the LoRA is alone in its folder."""
     files = [path.with_suffix(".json")]
-    if sum(file.suffix in _WEIGHTS for file in path.parent.iterdir()) == 1:
+    if sum(file.suffix in _WEIGHTS for file in path.parent.glob("*")) == 1:
         files.append(path.parent / "adapter_config.json")
-    return [file for file in files if file.is_file()]
+    return [file for file in files if is_file(file)]
 
 
 def settings_beside(path: Path, ranks: Collection[int]) -> tuple[Settings | None, str]:

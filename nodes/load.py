@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..model_loaders import folders
-from ..model_loaders.files import fingerprint
+from ..model_loaders.sources import state_of
 from ..models.specs import PUBLISHED, check_dtype
 from .validation import check_choice, problem_of
 
@@ -87,7 +87,7 @@ class LoadPipeline(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, pipeline: str | None = None, **kwargs: Any) -> str:
-        return fingerprint(folders.pipeline_path(pipeline)) if pipeline else ""
+        return state_of("pipeline", folders.pipeline_path(pipeline)) if pipeline else ""
 
     @classmethod
     def execute(cls, pipeline: str, weight_dtype: str, quantization: str) -> io.NodeOutput:
@@ -148,7 +148,7 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str | None = None, **kwargs: Any) -> str:
-        return fingerprint(folders.component_path("transformer", checkpoint)) if checkpoint else ""
+        return state_of("transformer", folders.component_path("transformer", checkpoint)) if checkpoint else ""
 
     @classmethod
     def execute(cls, checkpoint: str, weight_dtype: str, quantization: str, variant: str = "auto",
@@ -202,7 +202,9 @@ class LoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, text_encoder: str | None = None, **kwargs: Any) -> str:
-        return fingerprint(folders.component_path("text_encoder", text_encoder)) if text_encoder else ""
+        if not text_encoder:
+            return ""
+        return state_of("text_encoder", folders.component_path("text_encoder", text_encoder))
 
     @classmethod
     def execute(cls, text_encoder: str, weight_dtype: str, quantization: str,
@@ -249,7 +251,7 @@ class LoadVAE(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, vae: str | None = None, **kwargs: Any) -> str:
-        return fingerprint(folders.component_path("vae", vae)) if vae else ""
+        return state_of("vae", folders.component_path("vae", vae)) if vae else ""
 
     @classmethod
     def execute(cls, vae: str, weight_dtype: str) -> io.NodeOutput:

@@ -8,8 +8,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..model_loaders import folders
-from ..model_loaders.files import fingerprint
 from ..model_loaders.lora_scale import files_beside
+from ..model_loaders.sources import fingerprint
 from .validation import problem_of
 
 
@@ -48,7 +48,7 @@ class LoadLora(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora: str | None = None, **kwargs: Any) -> str:
         path = folders.lora_path(lora) if lora else None
-        return ";".join(fingerprint(file) for file in (path, *files_beside(path))) if path else ""
+        return fingerprint([path, *files_beside(path)]) if path else ""
 
     @classmethod
     def execute(cls, model: io.Model.Type, lora: str, strength: float) -> io.NodeOutput:
