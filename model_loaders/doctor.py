@@ -279,8 +279,8 @@ def survey() -> list[Report]:
                 reports.append(examine(path))
     last = Report([f"{len(reports)} CogVideoX models and parts; {others} files of other models were left out."])
     for root in folders.pipeline_roots():
-        if (root / UNFINISHED).is_dir():
-            names = sorted(each.name for each in (root / UNFINISHED).iterdir())
+        names = sorted({each.name for place in (".", "*") for each in root.glob(f"{place}/{UNFINISHED}/*")})
+        if names:
             last.add(f"unfinished downloads in {root}: {names}. Download them again to go on.")
     return [*reports, last]
 

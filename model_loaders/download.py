@@ -29,7 +29,7 @@ from .published import HUB, Repository, folders_of, repository
 log = logging.getLogger("cogx")
 
 RECORD = ".cogx-download.json"  # in a downloaded folder: from which repository and commit its files are
-UNFINISHED = ".cogx-unfinished"  # beside the downloaded folders: what is not complete yet
+UNFINISHED = ".cogx-unfinished"  # beside the downloaded folders, or in a linked one: what is not complete yet
 SPARE_BYTES = 500_000_000  # left free on the disk
 _HASH_CHUNK = 2**24
 _SUFFIXES = (".safetensors", ".json", ".model")  # of the files that the loaders read
@@ -51,8 +51,7 @@ class HubFile:
         return self.name.split("/")[0] if "/" in self.name else ""
 
 
-def free_bytes(folder: Path) -> int:
-    """Free disk space where ``folder`` is or will be."""
+def free_bytes(folder: Path) -> int:  # where it is or will be
     return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 
 
@@ -72,7 +71,7 @@ def describe(name: str, part: str, root: Path) -> str:
     listed = ", ".join(f"{key} {size:g} GB" for key, size in sizes.items())
     there = " What lies there is compared with the hub's list first." if target.exists() else ""
     return (f"{published.repo} ({part}): about {sum(sizes.values()):.1f} GB ({listed})\n"
-            f"to {target} ({free_bytes(root) / 1e9:.1f} GB free).{there}\n"
+            f"to {target} ({free_bytes(_staging_of(target)) / 1e9:.1f} GB free).{there}\n"
             f"licence of the weights: {published.licence}, see {published.page}")
 
 
@@ -331,8 +330,8 @@ def download(name: str, part: str, root: Path, progress: Progress) -> Path:
         wanted = _missing(target, files)
         if not wanted:  # somebody put it there without this module
             return target
-        staging = _staging(root, published, commit)
-        _check_space(wanted, staging, root)
+        staging = _staging(target, published, commit)
+        _check_space(wanted, staging)
         transfer = _Transfer(published, commit, sum(file.size for file in wanted), progress)
         for folder in dict.fromkeys(file.folder for file in wanted):
             own = [file for file in wanted if file.folder == folder]
@@ -343,17 +342,24 @@ def download(name: str, part: str, root: Path, progress: Progress) -> Path:
     return target
 
 
-def _staging(root: Path, published: Repository, commit: str) -> Path:
+def _staging_of(target: Path) -> Path:
+    """Where ``target`` is until it is moved to its place: beside it, but within a folder that is on another disk."""
+    return (target if target.is_symlink() or os.path.ismount(target) else target.parent) / UNFINISHED / target.name
+
+
+def _staging(target: Path, published: Repository, commit: str) -> Path:
     """The folder for what is not complete; emptied if what lies there is of another commit."""
-    staging = root / UNFINISHED / published.name
+    staging = _staging_of(target)
+    if target.is_symlink() and not target.exists():
+        raise SpecError(f"{target} leads to {os.readlink(target)}, which is not there. Connect that disk.")
     try:
         if staging.exists() and _read_record(staging).get("commit") != commit:
             shutil.rmtree(staging)
         staging.mkdir(parents=True, exist_ok=True)
         _write_record(staging, published, commit, {})
     except OSError as error:
-        raise SpecError(f"{root} cannot be written to ({_first_line(error)}). Choose another folder, or change its "
-                        "permissions.") from error
+        raise SpecError(f"{staging.parent.parent} cannot be written to ({_first_line(error)}). Choose another folder, "
+                        "or change its permissions.") from error
     return staging
 
 
@@ -372,14 +378,14 @@ def _part_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
-def _check_space(wanted: Sequence[HubFile], staging: Path, root: Path) -> None:
+def _check_space(wanted: Sequence[HubFile], staging: Path) -> None:
     needed = SPARE_BYTES
     for file in wanted:
         path = staging / file.name
         needed += max(file.size - max(_size(path), _size(_part_of(path)), 0), 0)
-    free = free_bytes(root)
+    free = free_bytes(staging)
     if free < needed:
-        raise SpecError(f"{root}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free. Free "
+        raise SpecError(f"{staging.parent.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free. Free "
                         f"{(needed - free) / 1e9:.1f} GB, choose a single part, or another folder.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -193,6 +194,45 @@ def test_a_folder_that_came_another_way(hub, published, tmp_path):
     with pytest.raises(SpecError, match=r"is there but is not this download.*00001-of-00002.*rename or delete"):
         download(NAME, "all", tmp_path, quietly)
     assert (tmp_path / NAME / SHARD).read_bytes() == b"mine" and hub.served == 0
+
+
+@pytest.mark.parametrize("how", ["link", "mount"])
+def test_a_folder_on_another_disk(hub, published, tmp_path, monkeypatch, how):
+    """It is filled on its own disk: nothing can be moved there, and only there is room."""
+    models, other = tmp_path / "models", tmp_path / "other"
+    for folder in (models, other):
+        folder.mkdir()
+    target = models / NAME
+    if how == "link":
+        target.symlink_to(other)
+    else:
+        other = target
+        target.mkdir()
+        monkeypatch.setattr(module.os.path, "ismount", lambda place: Path(place) == target)
+
+    def is_other(place: Path) -> bool:
+        return place.resolve().is_relative_to(other.resolve())
+
+    def move(start, end, move=module.os.replace):
+        if is_other(Path(start).parent) != is_other(Path(end).parent):
+            raise OSError(18, "Invalid cross-device link")
+        move(start, end)
+
+    monkeypatch.setattr(module.os, "replace", move)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: SimpleNamespace(free=2e9 * is_other(Path(place))))
+    assert "(2.0 GB free)" in describe(NAME, "vae", models)
+    with pytest.raises(Stop):
+        download(NAME, "vae", models, stop_at(1))
+    assert (other / UNFINISHED).is_dir() and os.listdir(models) == [NAME]
+    assert download(NAME, "vae", models, quietly) == target
+    assert same(other, published, {name for name in FILES if name.startswith("vae/")} - NOT_TAKEN)
+
+
+def test_a_link_that_leads_nowhere(hub, tmp_path):
+    (tmp_path / NAME).symlink_to(tmp_path / "disk" / "models")
+    with pytest.raises(SpecError, match=r"leads to .*models, which is not there\. Connect that disk"):
+        download(NAME, "vae", tmp_path, quietly)
+    assert not (tmp_path / "disk").exists()
 
 
 def test_not_enough_space(hub, tmp_path, monkeypatch):
