@@ -13,13 +13,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import comfy.model_management
 import comfy.ops
 import comfy.quant_ops
 import torch
-from comfy_kitchen.tensor import BaseLayoutParams, QuantizedLayout, register_layout_class
 from torch import Tensor
 
 from ..models.specs import SpecError
@@ -74,6 +74,7 @@ def check_quantization(name: str, layers: Layers) -> None:
     if name == "none":
         return
     form = FORMATS[name]
+    _check_kitchen(f"quantization {name}")
     _check_host(f"quantization {name}", form.algorithm, form.comfyui)
     device = comfy.model_management.get_torch_device()
     if form.support and not getattr(comfy.model_management, form.support)(device):
@@ -90,18 +91,33 @@ def check_stored(layers: Layers, where: str) -> None:
     """Refuse a file in a format that this ComfyUI does not have.
 
     Raises:
-        SpecError: names the ComfyUI that it needs.
+        SpecError: names the ComfyUI, or the package, that it needs.
     """
     needs = {form.algorithm: form.comfyui for form in FORMATS.values()}
-    for stored in sorted({conf["format"] for conf in layers.values() if not conf["format"].startswith(GGUF)}):
+    for stored in sorted({conf["format"] for conf in layers.values()}):
+        _check_kitchen(f"{where}, which is quantized as {stored}")
+        if stored.startswith(GGUF):
+            continue
         _check_host(f"{where}, which is quantized as {stored}", stored, needs.get(stored, "0.30"))
 
 
-def _check_host(what: str, algorithm: str, version: str) -> None:
+def _check_kitchen(what: str) -> None:
+    """Without comfy-kitchen, or with one that is too old for it, ComfyUI runs with stand-ins for all its layouts."""
+    if comfy.quant_ops.get_layout_class("TensorCoreFP8E4M3Layout") is None:
+        try:
+            found = version("comfy-kitchen")
+        except PackageNotFoundError:
+            found = "none"
+        raise SpecError(f"{what}: expected the Python package comfy-kitchen that ComfyUI's requirements.txt names, got "
+                        f"{found}. Run pip install -r requirements.txt in ComfyUI's folder, with the Python that runs "
+                        "it, or take an unquantized model.")
+
+
+def _check_host(what: str, algorithm: str, needed: str) -> None:
     if algorithm not in comfy.quant_ops.QUANT_ALGOS:
         from comfyui_version import __version__
 
-        raise SpecError(f"{what}: expected ComfyUI {version} or newer, with the comfy-kitchen of its requirements; got "
+        raise SpecError(f"{what}: expected ComfyUI {needed} or newer, with the comfy-kitchen of its requirements; got "
                         f"{__version__}. Update ComfyUI, or choose another format.")
 
 
@@ -218,7 +234,9 @@ def operations(dtype: torch.dtype, full_precision: bool = False) -> Any:
                 missing_keys.remove(f"{prefix}weight")
 
             def _hold(self, blocks: Tensor, form: str) -> None:
-                self.quant_format, self.layout_type = form, _LAYOUTS[form]
+                from .gguf_layout import LAYOUTS, GGUFParams
+
+                self.quant_format, self.layout_type = form, LAYOUTS[form]
                 self._full_precision_mm = True  # activations are never packed
                 params = GGUFParams(None, self.factory_kwargs["dtype"], self._orig_shape)
                 tensor = comfy.quant_ops.QuantizedTensor(blocks.to(self.factory_kwargs["device"]), self.layout_type,
@@ -241,51 +259,3 @@ def operations(dtype: torch.dtype, full_precision: bool = False) -> Any:
                         and getattr(self, "pre_quant_scale", None) is None)
 
     return Operations
-
-
-@dataclasses.dataclass(frozen=True)
-class GGUFParams(BaseLayoutParams):
-    """GGUF blocks carry their scales themselves."""
-
-    scale: None
-
-    def _tensor_fields(self) -> list[str]:
-        return []
-
-
-class GGUFLayout(QuantizedLayout):
-    """GGUF blocks: uint8 [out, bytes]. One subclass per type, because ComfyUI re-quantizes by the layout alone."""
-
-    Params = GGUFParams
-    type_name = ""
-
-    @classmethod
-    def quantize(cls, tensor: Tensor, scale: Any = None, stochastic_rounding: int | None = 0,
-                 inplace_ops: bool = False, **kwargs: Any) -> tuple[Tensor, GGUFParams]:
-        blocks = gguf_blocks.quantize(tensor, cls.type_name, stochastic_rounding or 0)
-        return blocks, GGUFParams(None, tensor.dtype, tuple(tensor.shape))
-
-    @classmethod
-    def dequantize(cls, qdata: Tensor, params: GGUFParams) -> Tensor:
-        return gguf_blocks.dequantize(qdata, cls.type_name, params.orig_dtype)
-
-    @classmethod
-    def get_plain_tensors(cls, qtensor: Any) -> tuple[Tensor, ...]:
-        return (qtensor._qdata,)
-
-    @classmethod
-    def state_dict_tensors(cls, qdata: Tensor, params: GGUFParams) -> dict[str, Tensor]:
-        return {"": qdata}
-
-
-def _register_layouts() -> dict[str, str]:
-    """One layout per GGUF type; returns their names by the format of the layer."""
-    names = {}
-    for type_name in gguf_blocks.FORMATS:
-        name = f"CogXGGUF{type_name}Layout"
-        register_layout_class(name, type(name, (GGUFLayout,), {"type_name": type_name}))
-        names[GGUF + type_name] = name
-    return names
-
-
-_LAYOUTS = _register_layouts()

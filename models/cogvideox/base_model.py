@@ -18,7 +18,7 @@ from torch import Tensor
 from ..noise_schedule import alphas_cumprod
 from ..specs import LatentSpec, ModelSpec
 from .image_condition import REFERENCE_KEY, check_image, model_condition
-from .transformer import CogVideoXTransformer, with_published_keys
+from .transformer import CogVideoXTransformer, has_host_rope, with_published_keys
 
 # ComfyUI's own value for the last cumulative alpha at zero terminal SNR (sigma 4518): a larger sigma costs fp32 digits.
 TERMINAL_ALPHA = 4.8973451890853435e-08
@@ -163,6 +163,6 @@ def forward_memory(spec: ModelSpec, input_shape: Any, value: int) -> float:
 
 def has_rope_kernel() -> bool:
     """Whether ComfyUI turns queries and keys with one kernel: with a torch for CUDA 13, so far."""
-    backends = comfy.quant_ops.ck.list_backends()
+    backends = comfy.quant_ops.ck.list_backends() if has_host_rope() else {}
     return any(backend["available"] and not backend["disabled"] and "apply_rope1" in backend["capabilities"]
                for name, backend in backends.items() if name != "eager")

@@ -183,3 +183,9 @@ def rope_matrices(spec: TransformerSpec, positions: tuple[Tensor, Tensor, Tensor
 def _frequencies(dim: int, device: torch.device) -> Tensor:
     """[dim/2], fp32, the highest first."""
     return 1.0 / ROPE_THETA ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
+def turned(x: Tensor, matrices: Tensor) -> Tensor:
+    """``x`` [B, S, N, D] turned by ``rope_matrices``, as ComfyUI's ``apply_rope1`` does it; computed in their dtype."""
+    first, second = x.to(matrices.dtype).unflatten(-1, (-1, 1, 2)).unbind(-1)
+    return (matrices[..., 0] * first + matrices[..., 1] * second).flatten(-2).type_as(x)

@@ -12,6 +12,7 @@ from typing import Any
 import comfy.model_prefetch
 import comfy.ops
 import comfy.patcher_extension
+import comfy.quant_ops
 import torch
 import torch.nn.functional as F
 from comfy.ldm.flux.math import apply_rope1
@@ -30,6 +31,7 @@ from .positions import (
     sincos_axes,
     time_frequencies,
     timestep_embedding,
+    turned,
 )
 
 Grid = tuple[int, int, int]
@@ -149,6 +151,11 @@ class ExpertNorm(nn.Module):
         return torch.cat([text, image], dim=1), gate, text_gate
 
 
+def has_host_rope() -> bool:
+    """Not with a comfy-kitchen that is too old for ComfyUI, or without one: it starts then, but its RoPE fails."""
+    return hasattr(getattr(comfy.quant_ops, "ck", None), "apply_rope1")
+
+
 class Attention(nn.Module):
     """Joint self-attention with per-head LayerNorm of queries and keys."""
 
@@ -166,7 +173,7 @@ class Attention(nn.Module):
     def _rotated(self, x: Tensor, norm: nn.Module, pe: Tensor | None) -> Tensor:
         x = norm(rearrange(x, "b s (n d) -> b s n d", n=self.heads))
         if pe is not None:
-            x = apply_rope1(x, pe)
+            x = (apply_rope1 if has_host_rope() else turned)(x, pe)
         return rearrange(x, "b s n d -> b s (n d)")
 
     def forward(self, x: Tensor, pe: Tensor | None, text_tokens: int, transformer_options: dict[str, Any]) -> Tensor:
