@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -105,6 +104,7 @@ def load_lora(model: Any, path: Path, strength: float) -> tuple[Any, str]:
     parameters = dict(model.model.diffusion_model.named_parameters())
     what = plan(file.shapes, {key: tuple(value.shape) for key, value in parameters.items()}, file.name)
     settings, warning = _settings(path, file, what)
+    _check_finite(what, file)
     scales = {change.module: _scale(change, file, what, settings) for change in what.changes}
     patches: dict[str, Any] = {}
     for change in what.changes:
@@ -113,8 +113,6 @@ def load_lora(model: Any, path: Path, strength: float) -> tuple[Any, str]:
     if strength != 0:
         patched.add_patches(patches, strength)
     size = _relative_change(what, file, scales, parameters)
-    if size is not None and not isfinite(size):
-        raise SpecError(f"{file.name} holds NaN or infinite values, which make a black video. Download it again.")
     report = _report(file, what, scales, strength, size)
     log.info("LoRA %s", report.replace("\n", " "))
     for line in [*filter(None, [warning]), *_warnings(file, what)]:
@@ -128,6 +126,14 @@ def _settings(path: Path, file: LoraFile, what: Plan) -> tuple[Settings | None, 
     ranks = {rank for change in what.changes if (rank := rank_of(change, shapes)) is not None}
     inside = settings_in(file.metadata, "its metadata")
     return accepted(inside, ranks) if inside else settings_beside(path, ranks)
+
+
+def _check_finite(what: Plan, file: LoraFile) -> None:
+    for change in what.changes:
+        for key in change.roles.values():
+            if not file.tensors[key].isfinite().all():
+                raise SpecError(f"{file.name}: {key} holds NaN or infinite values, which make a black video. Download "
+                                "it again.")
 
 
 def _scale(change: Change, file: LoraFile, what: Plan, settings: Settings | None) -> Scale:

@@ -8,6 +8,7 @@ quantized, and keys can be renamed without knowing of it. Pure: no ComfyUI.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ FULL_PRECISION = "full_precision_matrix_mult"
 _BY_DTYPE = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I8": "int8_tensorwise"}
 # Values that one stored element of a row holds.
 _PACKED = {"float8_e4m3fn": 1, "float8_e5m2": 1, "int8_tensorwise": 1, "mxfp8": 1, "nvfp4": 2}
+_BLOCK = {"mxfp8": 32, "nvfp4": 16}  # values that share a scale, where there is one for each block
 _METADATA_KEY = "_quantization_metadata"
 _SCALED_FP8 = "scaled_fp8"
 _NOTE = ".comfy_quant"
@@ -207,7 +209,35 @@ def _plain_weight(layer: str, conf: dict[str, Any], tensors: Mapping[str, Tensor
             f"{layer}.{scale}" in tensors for scale in ("weight_scale", "scale_weight")):
         raise SpecError(f"{where}: {layer} is quantized as {form} and its weight_scale is missing. Download the file "
                         "again.")
-    return {f"{layer}.weight": TensorInfo(info.dtype, (*info.shape[:-1], info.shape[-1] * _PACKED[form]))}
+    if not info.shape:
+        raise SpecError(f"{where}: {layer}.weight: expected a matrix in {form}, got one value. Download it again.")
+    shape = (*info.shape[:-1], info.shape[-1] * _PACKED[form])
+    _check_scales(layer, form, shape, tensors, where)
+    return {f"{layer}.weight": TensorInfo(info.dtype, shape)}
+
+
+def _scale_shapes(form: str, shape: tuple[int, ...]) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes that what belongs to a weight of ``shape`` [out, in] may have, by ComfyUI's names."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    one: list[tuple[int, ...]] = [(), (1,), (1, 1)]
+    by_row: list[tuple[int, ...]] = [(rows,), (rows, *[1] * (len(shape) - 1))]
+    found = {"weight_scale": one + by_row, "weight_scale_2": one, "input_scale": one, "pre_quant_scale": [(columns,)]}
+    if form in _BLOCK:  # blocks of a row, in tiles of 128 rows by 4 blocks that are filled up
+        found["weight_scale"] = [(-(-rows // 128) * 128, -(-columns // (4 * _BLOCK[form])) * 4)]
+    return found
+
+
+def _check_scales(layer: str, form: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo],
+                  where: str) -> None:
+    """Refuse what would scale a weight otherwise than it was quantized, or fail in the middle of a run."""
+    allowed = _scale_shapes(form, shape)
+    for old, new in _COMPANIONS.items():
+        got = tensors.get(f"{layer}.{old}")
+        if got is not None and got.shape not in allowed[new]:
+            shown = " or ".join(str(list(each)) for each in dict.fromkeys(allowed[new]))
+            raise SpecError(f"{where}: {layer}.{old}: expected the shape {shown} for a weight {list(shape)} in {form}, "
+                            f"got {list(got.shape)}. The file is damaged or was made by another tool; download it "
+                            "again.")
 
 
 def _small_tensors(file: Path, keys: list[str]) -> dict[str, bytes]:

@@ -145,16 +145,24 @@ def _entries(patcher: Any, name: str, quantization: str, merge_loras: bool) -> I
     merge = merge_loras and key in patcher.patches
     form = FORMATS.get(quantization)
     if form and not _is_quantized(value) and wants("transformer", name, value.shape, form):
-        value = quantized(_merged(patcher, key, value) if merge else value.detach(), form)
+        value = quantized(_finite(name, _merged(patcher, key, value)) if merge else value.detach(), form)
         yield from value.entries(layer).items()
     elif _is_quantized(value) and quantization == "none":
-        yield name, _merged(patcher, key, value).to(value.dtype) if merge else value.dequantize()
+        yield name, _finite(name, _merged(patcher, key, value).to(value.dtype)) if merge else value.dequantize()
     elif merge:
         # ComfyUI's own merge: a quantized weight comes back quantized as it was, rounded as in a run.
         merged = patcher.patch_weight_to_device(key, device_to=patcher.load_device, return_weight=True)
+        _finite(name, merged.dequantize() if _is_quantized(merged) else merged)
         yield from _as_stored(patcher, name, merged)
     else:
         yield from _as_stored(patcher, name, value)
+
+
+def _finite(name: str, merged: Tensor) -> Tensor:
+    if not merged.isfinite().all():
+        raise SpecError(f"{name}: expected finite values, got NaN or infinity from its LoRAs or merges. Lower their "
+                        "strength, or save without merge_loras. Nothing was written.")
+    return merged
 
 
 def _as_stored(patcher: Any, name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

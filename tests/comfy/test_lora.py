@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -259,10 +260,17 @@ def test_another_models_lora(model, trained, tmp_path, monkeypatch):
         load_lora(model, path, 1.0)
 
 
-def test_nan(model, trained, tmp_path):
-    path = changed(trained, tmp_path, lambda values: {k: v * float("nan") for k, v in values.items()})
-    with pytest.raises(SpecError, match="holds NaN"):
-        load_lora(model, path, 1.0)
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_values_that_are_none(model, trained, tmp_path, value):
+    """One of a whole file is found, wherever it is."""
+    keys = list(load_file(lora_files.diffusers(trained, tmp_path)))
+    for key in (keys[0], keys[3], keys[-1]):
+        def damage(values, key=key):
+            values[key].view(-1)[5] = float(value)
+            return values
+
+        with pytest.raises(SpecError, match=f"{re.escape(key)} holds NaN or infinite values"):
+            load_lora(model, changed(trained, tmp_path, damage), 1.0)
 
 
 def test_keys_that_do_not_fit_are_told(model, trained, error, tmp_path, caplog):

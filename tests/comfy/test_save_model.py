@@ -101,6 +101,19 @@ def test_loras_are_merged_only_if_asked(tmp_path, held):
         assert (forward(load.load_model(str(path))) - after).norm() < 0.06 * after.norm()
 
 
+@pytest.mark.parametrize("held, quantize", [("none", "as_loaded"), ("none", "int8"), ("fp8_scaled", "as_loaded"),
+                                            ("int8", "as_loaded"), ("fp8_scaled", "none")])
+def test_a_merge_that_is_no_number_is_not_written(tmp_path, held, quantize):
+    model = load.load_model(str(TRANSFORMER), "auto", held).clone()
+    change = torch.zeros(128, 128)
+    change[3, 3] = float("inf")
+    model.add_patches({"diffusion_model.transformer_blocks.0.attn1.to_q.weight": ("diff", (change,))})
+    with pytest.raises(SpecError, match=r"blocks\.0\.attn1\.to_q\.weight: expected finite values.*merge_loras"):
+        save.save_model(model, tmp_path / "x.safetensors", quantize, merge_loras=True)
+    assert not list(tmp_path.iterdir())
+    save.save_model(model, tmp_path / "x.safetensors", quantize)
+
+
 def test_what_the_file_says(tmp_path):
     """Plain safetensors, whose metadata says all; what ComfyUI and others look for is where they do."""
     path = tmp_path / "x.safetensors"

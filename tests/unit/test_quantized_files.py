@@ -73,6 +73,44 @@ def test_what_cannot_be_read_is_refused_in_words(tmp_path, extra, metadata, word
         describe([path])
 
 
+def scaled(form: str, weight: tuple[int, ...], **scales: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    note = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+    return {"a.weight": torch.zeros(weight, dtype=torch.uint8), "a.comfy_quant": note,
+            **{f"a.{name}": torch.zeros(shape) for name, shape in scales.items()}}
+
+
+GOOD_SCALES = [(FP8, (6, 64), {"weight_scale": shape}) for shape in ((), (1,), (1, 1), (6,), (6, 1))] + [
+    (FP8, (6, 64), {"scale_weight": (), "scale_input": (1,), "pre_quant_scale": (64,)}),
+    ("int8_tensorwise", (6, 64), {"weight_scale": (6, 1)}), ("mxfp8", (160, 160), {"weight_scale": (256, 8)}),
+    ("nvfp4", (32, 40), {"weight_scale": (128, 8), "weight_scale_2": ()}),
+]
+BAD_SCALES = [
+    (FP8, (6, 64), {"weight_scale": (3,)}, "weight_scale", r"\[\] or \[1\] or \[1, 1\] or \[6\] or \[6, 1\]"),
+    (FP8, (6, 64), {"weight_scale": (1, 64)}, "weight_scale", r".*\[6, 1\]"),  # of the columns
+    (FP8, (6, 64), {"scale_weight": (6, 2)}, "scale_weight", r".*\[6, 1\]"),  # of blocks
+    (FP8, (6, 64), {"weight_scale": (), "input_scale": (6,)}, "input_scale", r"\[\] or \[1\] or \[1, 1\]"),
+    (FP8, (6, 64), {"weight_scale": (), "pre_quant_scale": (6,)}, "pre_quant_scale", r"\[64\]"),
+    ("int8_tensorwise", (6, 64), {"weight_scale": (0,)}, "weight_scale", r".*\[6, 1\]"),
+    ("mxfp8", (160, 160), {"weight_scale": (160, 5)}, "weight_scale", r"\[256, 8\]"),  # not in tiles
+    ("nvfp4", (32, 40), {"weight_scale": (128, 4), "weight_scale_2": ()}, "weight_scale", r"\[128, 8\]"),
+    ("nvfp4", (32, 40), {"weight_scale": (128, 8), "weight_scale_2": (32,)}, "weight_scale_2", r"\[\] or .*"),
+]
+
+
+@pytest.mark.parametrize("form, weight, scales", GOOD_SCALES)
+def test_scales_that_fit(tmp_path, form, weight, scales):
+    save_file(scaled(form, weight, **scales), tmp_path / "x.safetensors")
+    assert describe([tmp_path / "x.safetensors"]).layers == {"a": {"format": form}}
+
+
+@pytest.mark.parametrize("form, weight, scales, name, expected", BAD_SCALES)
+def test_scales_that_do_not(tmp_path, form, weight, scales, name, expected):
+    save_file(scaled(form, weight, **scales), tmp_path / "x.safetensors")
+    got = ", ".join(map(str, scales[name]))
+    with pytest.raises(SpecError, match=rf"a\.{name}: expected the shape {expected} for a weight .*, got \[{got}\]\."):
+        describe([tmp_path / "x.safetensors"])
+
+
 def test_scales_of_rows_are_columns(tmp_path):
     """Some tools write one scale per row as a list: times the weight it would scale the columns."""
     path = tmp_path / "x.safetensors"
