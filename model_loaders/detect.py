@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..models.specs import (
     PUBLISHED,
@@ -34,6 +34,7 @@ Config = Mapping[str, Any]
 
 TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
 VAE_CLASS = "AutoencoderKLCogVideoX"
+FREQUENCIES = ("pos_embed.freqs_sin", "pos_embed.freqs_cos")  # the authors' files with rotary positions have them
 FEED_FORWARDS = ("gated-gelu", "relu", "gated-relu")
 TEXT_CLASSES = ("T5EncoderModel", "T5ForConditionalGeneration")
 # Bounds for what a damaged file may ask; the published VAE has 4 levels of 3, T5's vocabulary is the longest side.
@@ -175,10 +176,11 @@ def configs_in_metadata(metadata: Mapping[str, str]) -> dict[str, Config]:
     return {name: configs[name] for name in configs if name in own or (own and name in ("vae", "scheduler"))}
 
 
-def model_from_shapes(shapes: Shapes, variant: str = "auto") -> ModelSpec:
+def model_from_shapes(shapes: Shapes, variant: str = "auto", rotates: bool = False) -> ModelSpec:
     """The model of a transformer's shapes.
 
-    ``variant``: 'auto', or the name of the published model whose kind this is, where shapes cannot tell.
+    ``variant``: 'auto', or the name of the published model whose kind this is, where shapes cannot tell. ``rotates``:
+    the file holds rotary frequencies.
 
     Raises:
         SpecError: not a CogVideoX transformer, or a position table of unknown grid.
@@ -186,17 +188,17 @@ def model_from_shapes(shapes: Shapes, variant: str = "auto") -> ModelSpec:
     if TRANSFORMER_MARK not in shapes:
         raise SpecError(not_this("CogVideoX transformer", TRANSFORMER_MARK, shapes))
     try:
-        network = _network_from_shapes(shapes)
+        network = _network_from_shapes(shapes, rotates)
     except KeyError as error:
         raise SpecError(f"This CogVideoX transformer lacks {error}. Download the whole file again.") from error
     if variant != "auto":
-        network = _as_variant(network, PUBLISHED[variant])
+        network = _as_variant(network, PUBLISHED[variant], "patch_embed.pos_embedding" in shapes)
     base = nearest_published(network)
     network = _with_native_size(network, base, shapes)
     return replace(base, transformer=network, text_tokens=network.max_text_seq_length)
 
 
-def _network_from_shapes(shapes: Shapes) -> TransformerSpec:
+def _network_from_shapes(shapes: Shapes, rotates: bool) -> TransformerSpec:
     patch = _dims(shapes, "patch_embed.proj.weight", 2, 4)
     hidden = patch[0]
     head_dim, = _dims(shapes, "transformer_blocks.0.attn1.norm_q.weight", 1)
@@ -208,7 +210,7 @@ def _network_from_shapes(shapes: Shapes) -> TransformerSpec:
         raise SpecError(f"patch_embed.proj.weight {list(patch)}, norm_q {head_dim}, proj_out "
                         f"{list(shapes['proj_out.weight'])}: no CogVideoX transformer has these together. The file is "
                         "damaged or belongs to another model; download it again.")
-    table = "patch_embed.pos_embedding" in shapes
+    found = positions(shapes, rotates)
     ofs = "ofs_embedding.linear_1.weight"
     return TransformerSpec(
         num_attention_heads=hidden // head_dim,
@@ -223,31 +225,55 @@ def _network_from_shapes(shapes: Shapes) -> TransformerSpec:
         patch_size_t=patch_size_t,
         patch_bias="patch_embed.proj.bias" in shapes,
         attention_bias="transformer_blocks.0.attn1.to_q.bias" in shapes,
-        use_rotary_positional_embeddings=patch_size_t is not None or not _sincos(hidden, table, in_channels,
-                                                                               out_channels),
-        use_learned_positional_embeddings=table and in_channels > out_channels,
+        use_rotary_positional_embeddings=found.rotary,
+        use_learned_positional_embeddings=found.learned,
     )
 
 
-def _sincos(hidden: int, table: bool, in_channels: int, out_channels: int) -> bool:
-    """Whether a 1.0 model has sinusoidal positions. The authors' 2B stores them as a table, 5B-I2V a learned one;
-    without a table only the width tells the two kinds apart, and 2B is the only published sinusoidal one."""
-    return in_channels == out_channels if table else hidden == PUBLISHED["2B"].transformer.hidden_size
+class Positions(NamedTuple):
+    """How a transformer knows where its tokens are. ``why``: what is to be said of it, if anything."""
+
+    rotary: bool
+    learned: bool
+    why: str = ""
 
 
-def positions_are_a_guess(network: TransformerSpec, shapes: Shapes) -> bool:
-    """Whether shapes cannot tell sinusoidal from rotary positions: a 1.0 model of no published width, with no table."""
-    widths = {PUBLISHED[name].transformer.hidden_size for name in ("2B", "5B")}
-    return (network.patch_size_t is None and "patch_embed.pos_embedding" not in shapes
-            and network.hidden_size not in widths)
+def positions(shapes: Shapes, rotates: bool) -> Positions:
+    """The positions of a transformer, by all that its file tells beside a config.
+
+    The authors' files hold rotary frequencies, or not. Width and heads are 2B's or 5B's in every finetune of these,
+    with whatever inputs. A table is 2B's computed one, which the authors store, or the learned one of 5B-I2V.
+    """
+    patch, table = shapes["patch_embed.proj.weight"], "patch_embed.pos_embedding" in shapes
+    if len(patch) == 2:  # 1.5, which has rotary ones only
+        return Positions(rotary=True, learned=table)
+    takes_image = patch[1] * patch[2] ** 2 > shapes["proj_out.weight"][0]
+    size = (patch[0], patch[0] // shapes["transformer_blocks.0.attn1.norm_q.weight"][0])
+    small, big = ((spec.hidden_size, spec.num_attention_heads) for spec in (
+        PUBLISHED[name].transformer for name in ("2B", "5B")))
+    if not rotates and size == small:
+        return Positions(False, False, ", 2B's width with an image as input: sinusoidal" if takes_image else "")
+    if rotates or size == big:
+        if size != big:
+            return Positions(True, table, ", with rotary frequencies")
+        lost = ", but its table of learned positions is missing: videos will be worse" if takes_image else ""
+        return Positions(True, table, "" if table else lost)
+    unknown = f", but they do not tell 2B's positions from 5B's at width {patch[0]}"
+    if table and not takes_image:
+        return Positions(False, False, ", with a stored table of positions as 2B's")
+    taken = "learned ones as 5B-I2V's are taken" if table else "rotary ones are taken"
+    return Positions(True, table, f"{unknown}; {taken}: set variant to 2B if that is its kind")
 
 
-def _as_variant(network: TransformerSpec, published: ModelSpec) -> TransformerSpec:
+def _as_variant(network: TransformerSpec, published: ModelSpec, table: bool) -> TransformerSpec:
     want = published.transformer
-    if (want.patch_size_t, want.condition_channels > 0) != (network.patch_size_t, network.condition_channels > 0):
+    is_2b = not want.use_rotary_positional_embeddings  # for text, and finetuned for images: there is no published one
+    image = (want.condition_channels > 0, network.condition_channels > 0)
+    if want.patch_size_t != network.patch_size_t or not (is_2b or image[0] == image[1]):
         raise SpecError(f"variant {published.name}: the file's shapes say otherwise (patch_size_t "
                         f"{network.patch_size_t}, {network.in_channels} input channels). Set variant to auto.")
-    return replace(network, use_rotary_positional_embeddings=want.use_rotary_positional_embeddings)
+    return replace(network, use_rotary_positional_embeddings=not is_2b,
+                   use_learned_positional_embeddings=table and not is_2b)
 
 
 def _with_native_size(network: TransformerSpec, base: ModelSpec, shapes: Shapes) -> TransformerSpec:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 _FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a LoRA (load it with CogVideoX Load LoRA)", ("lora_A.",)),
     ("a LoRA (load it with CogVideoX Load LoRA)", ("lora_down.",)),
+    ("a LoRA (load it with CogVideoX Load LoRA)", ("matrix_A.0", "matrix_B.0")),
     ("CogView3-Plus or CogView4", ("time_condition_embed.", "patch_embed.text_proj.")),
     ("the CogVideoX transformer", ("patch_embed.text_proj.weight",)),
     ("the CogVideoX VAE", ("decoder.mid", "norm1.conv_y.conv.weight")),

@@ -76,9 +76,21 @@ class _Seen(NamedTuple):
 
     def component(self, spec: SpecT, took: str) -> Component[SpecT]:
         layers = {_layer(key): self.source.layers[_layer(part.key)] for key, part in self.found.parts.items()
-                  if not part.blocks and _layer(part.key) in self.source.layers and key.endswith(".weight")}
+                  if not (part.blocks or part.factors) and _layer(part.key) in self.source.layers
+                  and key.endswith(".weight")}
+        took += self._merged()
         words = f"{took}; {self.found.layout} layout, {main_dtype(self.tensors)}{described(layers)}"
         return Component(self.source, self.tensors, layers, self.found.parts, self.found.layout, spec, words)
+
+
+    def _merged(self) -> str:
+        """The LoRA that is in the file, in words."""
+        ranks = sorted({self.source.tensors[part.factors[1]].shape[0] for part in self.found.parts.values()
+                        if part.factors})
+        if not ranks:
+            return ""
+        rank = " and ".join(map(str, ranks))
+        return f"; the LoRA of rank {rank} in it merged at 1/rank, as SAT trains it (alpha 1)"
 
 
 def _layer(key: str) -> str:
@@ -146,6 +158,7 @@ def find_model(path: Path, variant: str = "auto", vae_scale: float = 0.0) -> Com
         SpecError: missing, truncated, of another class, or of another shape than its config says.
     """
     seen = _see("transformer", path)
+    rotates = any(key.endswith(detect.FREQUENCIES) for key in seen.source.tensors)
     config, file = _config_of(path, {"_class_name": detect.TRANSFORMER_CLASS})
     if config is not None:
         configs = [config, *(read_json(other) if is_file(other) else None for other in latent_configs(file))]
@@ -154,7 +167,7 @@ def find_model(path: Path, variant: str = "auto", vae_scale: float = 0.0) -> Com
         inside = detect.configs_in_metadata(seen.source.metadata)
         configs = [inside.get(name) for name in ("transformer", "vae", "scheduler")]
         saved, where = spec_from_metadata(seen.source.metadata, str(path)), f"the metadata of {path}"
-    spec, why = _model_spec(seen.shapes, saved, configs, where, variant)
+    spec, why = _model_spec(seen.shapes, saved, configs, where, variant, rotates)
     # The config is no guide here: diffusers writes a bias that patch_bias denies, and published files lack one.
     network = replace(spec.transformer, patch_bias="patch_embed.proj.bias" in seen.tensors)
     scale = vae_scale or spec.latent.scaling_factor
@@ -166,8 +179,8 @@ def find_model(path: Path, variant: str = "auto", vae_scale: float = 0.0) -> Com
 
 
 def _model_spec(shapes: Shapes, saved: ModelSpec | None, configs: list[dict[str, Any] | None], where: str,
-                variant: str) -> tuple[ModelSpec, str]:
-    """The model, and how that is known."""
+                variant: str, rotates: bool) -> tuple[ModelSpec, str]:
+    """The model, and how that is known. ``rotates``: the file holds rotary frequencies."""
     transformer, vae, scheduler = configs
     if saved is not None or transformer is not None:
         spec = saved or detect.model_from_configs(transformer, vae, scheduler, where=where)
@@ -175,15 +188,8 @@ def _model_spec(shapes: Shapes, saved: ModelSpec | None, configs: list[dict[str,
             raise SpecError(f"variant {variant}: {where} says {spec.name}. Set variant to auto.")
         detect.check_layer_count(spec.transformer.num_layers, shapes, "transformer_blocks.", where)
         return spec, "its config" if saved is None else "as it was saved"
-    spec = detect.model_from_shapes(shapes, variant)
-    if variant != "auto":
-        return spec, "as set"
-    if detect.positions_are_a_guess(spec.transformer, shapes):
-        return spec, (f"its shapes, but they do not tell 2B's positions from 5B's at width "
-                      f"{spec.transformer.hidden_size}: set variant to 2B if that is its kind")
-    if spec.name == "5B-I2V" and not spec.transformer.use_learned_positional_embeddings:
-        return spec, "its shapes, but its table of learned positions is missing: videos will be worse"
-    return spec, "its shapes"
+    spec = detect.model_from_shapes(shapes, variant, rotates)
+    return spec, "as set" if variant != "auto" else f"its shapes{detect.positions(shapes, rotates).why}"
 
 
 def find_vae(path: Path) -> Component[VAESpec]:

@@ -24,13 +24,14 @@ class Part(NamedTuple):
     """Where one weight of a network is.
 
     ``blocks``: which of ``of`` equal parts of the rows of ``key``, in this order; empty: all of it. ``shape``: the
-    weight's own.
+    weight's own. ``factors``: the keys of a LoRA's up [out, rank] and down [rank, in] that were trained into it.
     """
 
     key: str
     shape: Shape
     blocks: tuple[int, ...] = ()
     of: int = 1
+    factors: tuple[str, str] | None = None
 
 
 class Rule(NamedTuple):
@@ -165,10 +166,38 @@ def find_component(component: str, shapes: Mapping[str, Shape]) -> Found | None:
             inner = {key[len(prefix):]: shape for key, shape in shapes.items() if key.startswith(prefix)}
             parts = _mapped(layout, inner) if layout.rules else {key: Part(key, shape) for key, shape in inner.items()}
             if layout.name == AUTHORS and component == "transformer":
-                parts = _with_conv_patch(parts)
-            return Found(layout.name, prefix,
-                         {key: part._replace(key=prefix + part.key) for key, part in parts.items()})
+                parts = _with_conv_patch(_with_factors(parts, inner))
+            return Found(layout.name, prefix, {key: _prefixed(part, prefix) for key, part in parts.items()})
     return None
+
+
+def _prefixed(part: Part, prefix: str) -> Part:
+    factors = None if part.factors is None else (prefix + part.factors[0], prefix + part.factors[1])
+    return part._replace(key=prefix + part.key, factors=factors)
+
+
+def _with_factors(parts: dict[str, Part], shapes: Mapping[str, Shape]) -> dict[str, Part]:
+    """The authors' trainer keeps a LoRA in the checkpoint: a layer's own weight as ``LAYER.original.weight``, and for
+    each of its parts (q, k and v) ``LAYER.matrix_A.0`` (down) and ``LAYER.matrix_B.0`` (up).
+
+    Raises:
+        SpecError: half of a pair is missing, or it does not fit the weight.
+    """
+    found = {}
+    for name, part in parts.items():
+        layer = part.key.removesuffix(f"{_ORIGINAL}weight")
+        down, up = (f"{layer}.matrix_{letter}.{part.blocks[0] if part.blocks else 0}" for letter in "AB")
+        if layer != part.key and (up in shapes or down in shapes):
+            _check_factors(shapes.get(up, ()), shapes.get(down, ()), part.shape, layer)
+            part = part._replace(factors=(up, down))
+        found[name] = part
+    return found
+
+
+def _check_factors(up: Shape, down: Shape, weight: Shape, layer: str) -> None:
+    if len(up) != 2 or len(down) != 2 or (up[0], down[1]) != weight or up[1] != down[0]:
+        raise SpecError(f"{layer}: expected the LoRA in this checkpoint to fit its weight {list(weight)}, got matrix_B "
+                        f"{list(up)} and matrix_A {list(down)}. The file is damaged; download it again.")
 
 
 def _prefix(keys: Iterable[str], mark: str) -> str | None:
@@ -177,12 +206,15 @@ def _prefix(keys: Iterable[str], mark: str) -> str | None:
     return min((prefix for prefix in found if not prefix or prefix.endswith(".")), key=len, default=None)
 
 
+_ORIGINAL = ".original."  # in the keys of a layer that SAT trained a LoRA for
+
+
 def _mapped(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, Part]:
     rules = [(_pattern(rule.source), rule) for rule in layout.rules]
     levels = len({key.split(".")[2] for key in shapes if key.startswith("decoder.up.") and key.count(".") > 2})
     parts: dict[str, Part] = {}
     for key, shape in shapes.items():
-        matches = ((rule, pattern.fullmatch(key)) for pattern, rule in rules)
+        matches = ((rule, pattern.fullmatch(key.replace(_ORIGINAL, "."))) for pattern, rule in rules)
         matched = [(rule, match.groupdict()) for rule, match in matches if match]
         for rule, names in matched:
             if rule.source == matched[0][0].source:  # the first pattern that fits, with all its targets

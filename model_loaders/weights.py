@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -41,13 +41,13 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 def pieces(source: Described, parts: dict[str, Part], dtype: torch.dtype) -> Iterator[tuple[str, Weight]]:
     """The weights, one at a time and layer by layer, by the keys of ``parts``. Views of the mapped files, but for the
-    few that are put together from several places; for these, what is quantized is unpacked to ``dtype``."""
+    few that are put together from several places, or with a LoRA; for these, ``dtype`` is what is unpacked to."""
     stored: dict[str, torch.Tensor] = {}
     for file in source.files:
         stored.update(read_tensors(file))
     weights = gather(stored, source.layers, source.tensors)
     for key in sorted(parts, key=_layer_of):
-        yield key, _take(parts[key], weights[parts[key].key], dtype)
+        yield key, _take(parts[key], weights, dtype)
 
 
 def batches(source: Described, parts: dict[str, Part], dtype: torch.dtype) -> Iterator[dict[str, Weight]]:
@@ -60,9 +60,10 @@ def _layer_of(key: str) -> str:
     return ".".join(key.split(".")[:2])
 
 
-def _take(part: Part, weight: Weight, dtype: torch.dtype) -> Weight:
+def _take(part: Part, weights: Mapping[str, Weight], dtype: torch.dtype) -> Weight:
+    weight = weights[part.key]
     if isinstance(weight, StoredWeight):
-        if not part.blocks:
+        if not part.blocks and not part.factors:
             return replace(weight, shape=part.shape)
         weight = dequantized(weight, dtype)
     if part.blocks:
@@ -72,4 +73,11 @@ def _take(part: Part, weight: Weight, dtype: torch.dtype) -> Weight:
             weight = weight[first * rows:(last + 1) * rows]
         else:
             weight = torch.cat([weight[block * rows:(block + 1) * rows] for block in part.blocks])
+    if part.factors:
+        up, down = (_plain(weights[key]) for key in part.factors)
+        weight = (weight.float() + up @ down / down.shape[0]).to(dtype)  # SAT's lora_alpha is 1
     return weight.reshape(part.shape).contiguous()
+
+
+def _plain(weight: Weight) -> torch.Tensor:
+    return (dequantized(weight, torch.float32) if isinstance(weight, StoredWeight) else weight).float()

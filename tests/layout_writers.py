@@ -139,3 +139,27 @@ def _sat_norm(out: dict[str, Tensor], name: str, norm: Any) -> None:
     _put(out, f"{name}.norm_layer", norm.norm_layer)
     _put(out, f"{name}.conv_y.conv", norm.conv_y.conv)
     return _put(out, f"{name}.conv_b.conv", norm.conv_b.conv)
+
+
+def sat_with_lora(model: Any, rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A checkpoint as the authors' trainer saves it with a LoRA (``LoraLinear`` in SwissArmyTransformer's lora2.py, its
+    lora_alpha is 1); and the weights of ``model`` that it stands for, by diffusers' keys."""
+    generator = torch.Generator().manual_seed(5)
+    out, merged = {}, {}
+    for key, value in sat_transformer(model).items():
+        layer, _, kind = key.rpartition(".")
+        if not layer.endswith((".attention.query_key_value", ".attention.dense")):
+            out[key] = value
+            continue
+        out[f"{layer}.original.{kind}"] = value
+        if kind == "bias":
+            continue
+        names = ["to_q", "to_k", "to_v"] if layer.endswith("query_key_value") else ["to_out.0"]
+        block = layer.split(".layers.")[1].split(".")[0]
+        for i, name in enumerate(names):
+            down = out[f"{layer}.matrix_A.{i}"] = torch.randn(rank, value.shape[1], generator=generator) * 0.5
+            up = out[f"{layer}.matrix_B.{i}"] = torch.randn(value.shape[0] // len(names), rank, generator=generator)
+            own = value.chunk(len(names))[i].double()
+            merged[f"transformer_blocks.{block}.attn1.{name}.weight"] = (
+                own + (up.double() @ down.double()) * (1 / rank)).float()
+    return out, merged

@@ -18,10 +18,10 @@ import pytest
 import torch
 from cogx.model_loaders.find import find_model, find_vae
 from cogx.models.cogvideox.transformer import with_published_keys
-from cogx.models.specs import PUBLISHED
+from cogx.models.specs import PUBLISHED, SpecError
 from cogx.nodes.load import LoadModel, LoadPipeline, LoadVAE
 from cogx.scripts.tiny_pipeline import VARIANTS, tiny_transformer
-from cogx.tests.layout_writers import core_transformer, sat_transformer, sat_vae
+from cogx.tests.layout_writers import core_transformer, sat_transformer, sat_vae, sat_with_lora
 from cogx.tests.numeric.test_transformer import inputs, run_reference
 from safetensors.torch import save_file
 
@@ -226,9 +226,39 @@ def test_positions_that_no_file_tells(models, references):
     name = models.shown_name("diffusion_models", prefixed("")(models, references["2B"]))
     guess = LoadModel.execute(name, "fp32", "none").result[0]
     assert guess.model.spec.name == "5B"
-    assert "do not tell 2B's positions from 5B's at width 64: set variant to 2B" in models.shown[-1]
+    assert "not tell 2B's positions from 5B's at width 64; rotary ones are taken: set variant to 2B" in models.shown[-1]
     LoadModel.execute(name, "fp32", "none", "2B")
     assert models.shown[-1].startswith("CogVideoX 2B (as set); VAE scale 1.15258 (as published for 2B)")
+
+
+def test_a_2b_that_takes_an_image(models, error):
+    """A finetune of 2B, in a file whose table of positions could be 5B-I2V's but for the user's word."""
+    reference = tiny_transformer("2B", in_channels=32)
+    given = inputs(reference, (5, 8, 12))
+    name = models.shown_name("diffusion_models", sat(models, reference))
+    model = LoadModel.execute(name, "fp32", "none", "2B").result[0]
+    assert model.model.spec.name == "2B" and model.model.spec.takes_image
+    assert error(forward(model, given), run_reference(reference, *given)) <= 1e-6
+
+
+def test_a_lora_in_the_authors_checkpoint(models, error):
+    """As their trainer saves it: merged, W + B A / r, it is what the trained model computes."""
+    reference = tiny_transformer("5B")
+    weights, merged = sat_with_lora(reference, rank=4)
+    given = inputs(reference, (5, 8, 12))
+    before = run_reference(reference, *given)
+    reference.load_state_dict({**reference.state_dict(), **merged})
+    wanted = run_reference(reference, *given)
+    assert error(before, wanted) > 0.05
+    path = models.name("diffusion_models", ".pt")
+    torch.save({"module": weights}, path)
+    model = LoadModel.execute(models.shown_name("diffusion_models", path), "fp32", "none").result[0]
+    assert error(forward(model, given), wanted) <= 1e-6
+    assert "; the LoRA of rank 4 in it merged at 1/rank, as SAT trains it (alpha 1);" in models.shown[-1]
+    half = {key: value for key, value in weights.items() if not key.endswith("matrix_A.1")}
+    torch.save({"module": half}, path)
+    with pytest.raises(SpecError, match=r"query_key_value: expected the LoRA in this checkpoint to fit.*matrix_A \[\]"):
+        find_model(path)
 
 
 def test_vae_scale(models, references):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from cogx.model_loaders import detect
 from cogx.models.specs import PUBLISHED, SpecError, TransformerSpec
@@ -71,6 +73,39 @@ def test_tiny_from_shapes(variant):
     for name in ("num_attention_heads", "attention_head_dim", "num_layers", "in_channels", "ofs_embed_dim",
                  "patch_size_t", "text_embed_dim", "time_embed_dim", "use_rotary_positional_embeddings"):
         assert getattr(found.transformer, name) == getattr(expected, name), name
+
+
+def of_width(name: str, width: int | None = None, image: bool = False, table: bool = False) -> dict:
+    """Shapes of a published model's transformer, or one of another width, with an image as input or a table."""
+    from dataclasses import replace
+
+    spec = replace(PUBLISHED[name].transformer, in_channels=32 if image else 16, num_layers=1)
+    spec = spec if width is None else replace(spec, num_attention_heads=width // 64)
+    return {**full_size_shapes(spec), **({"patch_embed.pos_embedding": (1, 17776, spec.hidden_size)} if table else {})}
+
+
+@pytest.mark.parametrize("shapes, rotates, name, learned, words", [
+    (of_width("2B", image=True, table=True), False, "2B", False, "2B's width with an image as input"),
+    (of_width("2B", image=True), False, "2B", False, "2B's width with an image as input"),
+    (of_width("2B", table=True), False, "2B", False, ""), (of_width("2B"), False, "2B", False, ""),
+    (of_width("2B"), True, "5B", False, ", with rotary frequencies"),
+    (of_width("5B", image=True, table=True), False, "5B-I2V", True, ""),
+    (of_width("5B", image=True), False, "5B-I2V", False, "table of learned positions is missing"),
+    (of_width("5B", table=True), False, "5B", True, ""),
+    (of_width("5B", 1024, image=True, table=True), False, "5B-I2V", True, "learned ones as 5B-I2V's are taken: set"),
+    (of_width("5B", 1024, image=True), True, "5B-I2V", False, "with rotary frequencies"),
+    (of_width("5B", 1024, table=True), False, "2B", False, "with a stored table of positions as 2B's"),
+    (of_width("5B", 1024), False, "5B", False, "at width 1024; rotary ones are taken: set variant to 2B"),
+])
+def test_positions_by_all_that_a_file_tells(shapes, rotates, name, learned, words):
+    found = detect.model_from_shapes(shapes, "auto", rotates)
+    assert (found.name, found.transformer.use_learned_positional_embeddings) == (name, learned)
+    assert found.takes_image == (shapes["patch_embed.proj.weight"][1] == 32)
+    why = detect.positions(shapes, rotates).why
+    assert re.search(words, why) and bool(words) >= bool(why)
+    set_to_2b = detect.model_from_shapes(shapes, "2B", rotates)
+    assert set_to_2b.name == "2B" and not set_to_2b.transformer.use_learned_positional_embeddings
+    assert set_to_2b.schedule.snr_shift_scale == 3.0
 
 
 def test_variant_that_contradicts_the_shapes():
