@@ -230,11 +230,11 @@ def _name_saved(error: Exception, samples: Tensor) -> None:
             add_words(error, f"The sampled latent is saved in {path}. {BRING_BACK}")
 
 
-def naming_saved_latent(decode: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def naming_saved_latent(decode: Callable[..., Any]) -> Callable[..., Any]:
     """For methods that decode ``samples``: an error that comes out of them names the file that the latent is saved in.
     An interrupt is no error."""
     @functools.wraps(decode)
-    def run(self: Any, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def run(self: Any, samples: Tensor, *args: Any, **kwargs: Any) -> Any:
         try:
             return decode(self, samples, *args, **kwargs)
         except Exception as error:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -36,6 +37,7 @@ from ..models.cogvideox.vae_plan import (
     encode_memory,
 )
 from ..models.specs import SpecError, VAESpec
+from .frames import Decoding, FileFrames, Format, Frames, TensorFrames, check_room
 from .recovery import naming_saved_latent
 from .vae_ladder import HostMemory, Work, budget_of, climb_down, exact_or_smaller, only
 
@@ -45,10 +47,10 @@ DEFAULT_TILE = (240, 360)  # pixels, rows and columns: half the native size, as 
 DEFAULT_OVERLAP = 64
 
 
-def _on_own_device(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _on_own_device(method: Callable[..., Any]) -> Callable[..., Any]:
     """Run on the VAE's device, which need not be the current one (core's SelectVAEDevice)."""
     @functools.wraps(method)
-    def run(self: CogVideoXVAE, *args: Any, **kwargs: Any) -> Tensor:
+    def run(self: CogVideoXVAE, *args: Any, **kwargs: Any) -> Any:
         with comfy.model_management.cuda_device_context(self.device):
             return method(self, *args, **kwargs)
 
@@ -131,18 +133,36 @@ class CogVideoXVAE(comfy.sd.VAE):
             SpecError: a latent of another model, or a tile that does not exceed its overlap.
             OOM_EXCEPTION: nothing was enough; says what was tried.
         """
+        videos = [video.frames for video in self._decode(samples, TensorFrames, tiling, tile, overlap)]
+        return torch.cat(videos) if len(videos) > 1 else videos[0]
+
+    @naming_saved_latent
+    @_on_own_device
+    def decode_to_files(self, samples: Tensor, folder: Path, tiling: str = "auto",
+                        tile: tuple[int, int] = DEFAULT_TILE, overlap: int = DEFAULT_OVERLAP) -> list[FileFrames]:
+        """As ``decode_video``, but each video goes to a temporary file in ``folder``, chunk by chunk.
+
+        Raises:
+            SpecError, OOM_EXCEPTION: as ``decode_video``, or the disk has no room, which is looked for first.
+        """
+        self._check_latent(samples)
+        shape = Decoding(samples, self.spec, TensorFrames).frames_shape
+        check_room(folder, samples.shape[0] * math.prod(shape) * self.vae_dtype.itemsize)
+        return self._decode(samples, partial(FileFrames, folder=folder), tiling, tile, overlap)
+
+    def _decode(self, samples: Tensor, new: Callable[..., Frames], tiling: str, tile: tuple[int, int],
+                overlap: int) -> list[Any]:
         self._check_latent(samples)
         ratio = self.spec.spatial_ratio
         cells, overlap = (tile[0] // ratio, tile[1] // ratio), overlap // ratio
         self._check_tile(cells, overlap)
-        frames = decoded_frames(samples.shape[2])
-        done: list[Tensor] = []  # videos of the batch, which no rung makes twice
+        to_image = Format(self.vae_output_dtype(), self.output_device, self.process_output)
+        job = Decoding(samples, self.spec, partial(new, to_image))
+        frames, height, width, _ = job.frames_shape
         on_cpu = cpu_plan(self.spec, decoded_frames(_first(samples)))
-        work = Work(f"decoding {frames} frames of {samples.shape[4] * ratio}x{samples.shape[3] * ratio}",
-                    partial(self.decode_memory, samples.shape), on_cpu,
+        work = Work(f"decoding {frames} frames of {width}x{height}", partial(self.decode_memory, samples.shape), on_cpu,
                     decode_memory(self.spec, tuple(samples.shape[2:]), torch.float32.itemsize, on_cpu).device,
-                    partial(self._decode_exact, samples, done),
-                    partial(self._decode_in_tiles, samples, cells, overlap, done))
+                    partial(self._decode_exact, job), partial(self._decode_in_tiles, job, cells, overlap))
         if tiling == "auto":
             return exact_or_smaller(work, self.device, self.budget())
         if tiling == "on":
@@ -155,20 +175,18 @@ class CogVideoXVAE(comfy.sd.VAE):
             raise SpecError(f"Expected a CogVideoX latent [batch, {self.latent_channels}, frames, height/8, width/8], "
                             f"got {list(samples.shape)}. Connect the LATENT of a CogVideoX sampler.")
 
-    def _decode_exact(self, samples: Tensor, done: list[Tensor], plan: Plan, device: torch.device) -> Tensor:
+    def _decode_exact(self, job: Decoding, plan: Plan, device: torch.device) -> list[Any]:
         """The videos of a batch that are not done, and all of them together."""
         if device == self.device:
-            self._load(self.decode_memory(samples.shape, plan))
-        progress = comfy.utils.ProgressBar(samples.shape[0] * len(chunk_bounds(samples.shape[2], LATENT_CHUNK)))
-        for z in samples[len(done):].split(1):
-            start, video = 0, self._empty_video(z)
-            with HostMemory() as host, closing(self._decoded(z, plan, device, host)) as chunks:
+            self._load(self.decode_memory(job.samples.shape, plan))
+        chunks = len(chunk_bounds(job.samples.shape[2], LATENT_CHUNK))
+        progress = comfy.utils.ProgressBar(job.samples.shape[0] * chunks)
+        for z in job.not_done():
+            with job.video() as video, HostMemory() as host, closing(self._decoded(z, plan, device, host)) as chunks:
                 for chunk in chunks:
-                    video[:, start:start + chunk.shape[2]] = self._to_frames(chunk)
-                    start += chunk.shape[2]
+                    video.write(chunk)
                     progress.update(1)
-            done.append(video)
-        return torch.cat(done) if len(done) > 1 else done[0]
+        return job.done
 
     def _decoded(self, z: Tensor, plan: Plan, device: torch.device, host: HostMemory) -> Iterator[Tensor]:
         chunks = self.first_stage_model.decode_chunks
@@ -177,23 +195,15 @@ class CogVideoXVAE(comfy.sd.VAE):
     def _dtype_on(self, device: torch.device) -> torch.dtype:
         return self.vae_dtype if device == self.device else torch.float32  # the last rung, a CPU, is slow in bf16
 
-    def _empty_video(self, z: Tensor) -> Tensor:
-        ratio = self.spec.spatial_ratio
-        shape = 1, decoded_frames(z.shape[2]), z.shape[3] * ratio, z.shape[4] * ratio, self.spec.out_channels
-        return torch.empty(shape, dtype=self.vae_output_dtype(), device=self.output_device)
-
-    def _to_frames(self, pixels: Tensor) -> Tensor:
-        """[B, 3, T, H, W] in -1..1 -> [B, T, H, W, 3] in 0..1 on the output device."""
-        frames = pixels.to(device=self.output_device, dtype=self.vae_output_dtype(), copy=True)
-        return self.process_output(frames).permute(0, 2, 3, 4, 1)  # bcthw -> bthwc
-
     def _check_tile(self, tile: tuple[int, int], overlap: int) -> None:
         if overlap >= min(tile):
             ratio = self.spec.spatial_ratio
             raise SpecError(f"tile {tile[1] * ratio}x{tile[0] * ratio} pixels: expected more than the overlap of "
                             f"{overlap * ratio}. Make the tile larger or the overlap smaller.")
 
-    def _decode_in_tiles(self, samples: Tensor, tile: tuple[int, int], overlap: int, done: list[Tensor]) -> Tensor:
+    def _decode_in_tiles(self, job: Decoding, tile: tuple[int, int], overlap: int) -> list[Any]:
+        """As ``_decode_exact``; the tiles of one video are in memory together, all its frames."""
+        samples = job.samples
         shape = (1, *samples.shape[1:3], *(min(pair) for pair in zip(tile, samples.shape[3:], strict=True)))
         memory = partial(self.decode_memory, shape)
         plan = self.plan(memory, decoded_frames(_first(samples))) or SMALLEST
@@ -209,9 +219,11 @@ class CogVideoXVAE(comfy.sd.VAE):
                     progress.update(1)
             return torch.cat(parts, dim=2)
 
-        for z in samples[len(done):].split(1):
-            done.append(self._to_frames(blend_tiles(z, tile, overlap, self.spec.spatial_ratio, run)))
-        return torch.cat(done)
+        for z in job.not_done():
+            with job.video() as video:
+                for pixels in blend_tiles(z, tile, overlap, self.spec.spatial_ratio, run).split(PIXEL_CHUNK, dim=2):
+                    video.write(pixels)
+        return job.done
 
     @naming_saved_latent
     def decode_tiled(self, samples: Tensor, tile_x: int | None = None, tile_y: int | None = None,

@@ -35,20 +35,20 @@ class Work:
     Attributes:
         words: what it is, as in "decoding 49 frames of 720x480".
         memory: what a plan takes. cpu_plan: the plan for a CPU. cpu_bytes: what it takes there, in fp32.
-        run: does it exactly, on a device. tiled: does it in tiles.
+        run: does it exactly, on a device, and gives what it made. tiled: does it in tiles.
     """
 
     words: str
     memory: Callable[[Plan], Memory]
     cpu_plan: Plan
     cpu_bytes: float
-    run: Callable[[Plan, torch.device], Tensor]
-    tiled: Callable[[], Tensor]
+    run: Callable[[Plan, torch.device], Any]
+    tiled: Callable[[], Any]
 
 
 class Rung(NamedTuple):
     words: str
-    run: Callable[[], Tensor]
+    run: Callable[[], Any]
 
 
 def budget_of(device: torch.device, network: Any = None, weights: float = 0.0) -> Budget:
@@ -66,7 +66,7 @@ def _free_ram() -> float:
     return RAM_SHARE * comfy.model_management.get_free_memory(torch.device("cpu"))
 
 
-def exact_or_smaller(work: Work, device: torch.device, budget: Budget) -> Tensor:
+def exact_or_smaller(work: Work, device: torch.device, budget: Budget) -> Any:
     """Exactly if there is any way; see the module.
 
     Raises:
@@ -95,18 +95,18 @@ def _rungs(work: Work, device: torch.device, budget: Budget) -> Iterator[Rung]:
         yield Rung("the CPU, which takes long", partial(work.run, work.cpu_plan, torch.device("cpu")))
 
 
-def only(words: str, run: Callable[[], Tensor], device: torch.device) -> Iterator[Rung]:
+def only(words: str, run: Callable[[], Any], device: torch.device) -> Iterator[Rung]:
     """The rungs of a way that the user insists on."""
     yield Rung(words, run)
     yield Rung(FREE, partial(_after_freeing, device, run))
 
 
-def _after_freeing(device: torch.device, run: Callable[[], Tensor]) -> Tensor:
+def _after_freeing(device: torch.device, run: Callable[[], Any]) -> Any:
     comfy.model_management.free_memory(1e30, device)
     return run()
 
 
-def climb_down(words: str, rungs: Iterator[Rung], remedy: str = "take a smaller size or fewer frames") -> Tensor:
+def climb_down(words: str, rungs: Iterator[Rung], remedy: str = "take a smaller size or fewer frames") -> Any:
     """The result of the first rung that has the memory. remedy: what the user may do if none has.
 
     Raises:
@@ -128,7 +128,7 @@ def climb_down(words: str, rungs: Iterator[Rung], remedy: str = "take a smaller 
         f"({reason})")
 
 
-def _attempt(run: Callable[[], Tensor]) -> tuple[Tensor | None, str]:
+def _attempt(run: Callable[[], Any]) -> tuple[Any, str]:
     """The result, or None and why, once the error is gone, and with its traceback the tensors of the failed try."""
     try:
         return run(), ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .decode import Decode
+from .decode import Decode, DecodeVideo
 from .download import Download
 from .image import ImageSize, ImageToVideo, VideoToVideo
 from .inversion import Inversion
@@ -24,7 +24,7 @@ from .windows import ContextWindows, RIFLEx
 NODES: list[type[io.ComfyNode]] = [
     LoadPipeline, LoadModel, LoadTextEncoder, LoadVAE, TextEncode, EmptyLatent, Sampler, SamplerSelect, Scheduler,
     DynamicGuidance, Decode, ImageToVideo, VideoToVideo, ImageSize, Inversion, LoadLatent, MemoryPlan, SaveModel,
-    LoadLora, Download, ContextWindows, RIFLEx, PromptSequence,
+    LoadLora, Download, ContextWindows, RIFLEx, PromptSequence, DecodeVideo,
 ]
 
 
