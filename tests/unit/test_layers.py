@@ -23,8 +23,8 @@ PURE = {"models/specs.py", "models/noise_schedule.py", "models/cogvideox/positio
         "model_loaders/keys.py", "model_loaders/families.py", "model_loaders/latent_files.py",
         "model_loaders/recovery_settings.py", "model_loaders/memory_plan.py", "models/smaller.py", "models/turns.py",
         "models/cogvideox/vae_plan.py", "samplers/schedules.py", "samplers/guidance.py", "samplers/reference.py",
-        "samplers/inversion.py", "samplers/windows.py", "samplers/prompts.py", "samplers/plan.py",
-        "samplers/plan_picture.py", "nodes/validation.py"}
+        "samplers/inversion.py", "samplers/windows.py", "samplers/colour.py", "samplers/prompts.py",
+        "samplers/plan.py", "samplers/plan_picture.py", "nodes/validation.py"}
 HOST = ("comfy", "comfy_api", "folder_paths", "server", "latent_preview", "nodes", "execution")
 
 # Start-up imports the nodes: nothing heavy, and no dependency whose absence would stop the pack from loading.
