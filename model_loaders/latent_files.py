@@ -137,8 +137,10 @@ def _rename(temporary: Path, path: Path) -> None:
     return os.replace(temporary, path)
 
 
-def write(folder: Path, latent: Tensor, run: SavedRun) -> Path:
+def write(folder: Path, latent: Tensor, run: SavedRun, path: Path | None = None) -> Path:
     """Write a latent; the file appears whole or not at all, also if the machine stops meanwhile.
+
+    path: in the folder; without one a new file gets a name of its run.
 
     Raises:
         OSError: the folder cannot be made or written, or the disk is full.
@@ -146,7 +148,7 @@ def write(folder: Path, latent: Tensor, run: SavedRun) -> Path:
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = _free_path(folder, run)
+    path = path or _free_path(folder, run)
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     tensors = {TENSOR_KEY: latent.detach().cpu().contiguous(), FORMAT_KEY: torch.tensor([])}
     try:

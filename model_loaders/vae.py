@@ -15,7 +15,6 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
-import comfy.utils
 import torch
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from ..models.cogvideox.vae_plan import (
     decoded_frames,
     encode_memory,
 )
+from ..models.progress import progress_bar
 from ..models.specs import SpecError, VAESpec
 from .frames import Decoding, FileFrames, Format, Frames, TensorFrames, check_room
 from .recovery import naming_saved_latent
@@ -180,7 +180,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         if device == self.device:
             self._load(self.decode_memory(job.samples.shape, plan))
         chunks = len(chunk_bounds(job.samples.shape[2], LATENT_CHUNK))
-        progress = comfy.utils.ProgressBar(job.samples.shape[0] * chunks)
+        progress = progress_bar(job.samples.shape[0] * chunks)
         for z in job.not_done():
             with job.video() as video, HostMemory() as host, closing(self._decoded(z, plan, device, host)) as chunks:
                 for chunk in chunks:
@@ -209,7 +209,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         plan = self.plan(memory, decoded_frames(_first(samples))) or SMALLEST
         self._load(memory(plan))
         chunks = len(chunk_bounds(samples.shape[2], LATENT_CHUNK))
-        progress = comfy.utils.ProgressBar(samples.shape[0] * count_tiles(samples.shape[3:], tile, overlap) * chunks)
+        progress = progress_bar(samples.shape[0] * count_tiles(samples.shape[3:], tile, overlap) * chunks)
 
         def run(z: Tensor) -> Tensor:
             parts = []
@@ -261,7 +261,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         """Moments: [B, 3, T, H, W] -> [B, 32, T', h, w]."""
         if device == self.device:
             self._load(self.encode_memory(video.shape, plan))
-        progress = comfy.utils.ProgressBar(video.shape[0] * len(chunk_bounds(video.shape[2], PIXEL_CHUNK)))
+        progress = progress_bar(video.shape[0] * len(chunk_bounds(video.shape[2], PIXEL_CHUNK)))
         for x in video[len(done):].split(1):
             done.append(self._encode_one(x, plan, device, progress).to(self.output_device))
         return torch.cat(done)
@@ -302,7 +302,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         memory = partial(self.encode_memory, shape)
         plan = self.plan(memory, bounds[0][1]) or SMALLEST
         self._load(memory(plan))
-        progress = comfy.utils.ProgressBar(
+        progress = progress_bar(
             video.shape[0] * count_tiles(video.shape[3:], tile, overlap) * len(bounds))
         for x in video[len(done):].split(1):
             moments = blend_tiles(x, tile, overlap, 1 / ratio,

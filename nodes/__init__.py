@@ -9,6 +9,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .decode import Decode, DecodeVideo
 from .download import Download
+from .extend import Extend
 from .image import ImageSize, ImageToVideo, VideoToVideo
 from .inversion import Inversion
 from .latent import EmptyLatent
@@ -24,7 +25,7 @@ from .windows import ContextWindows, RIFLEx
 NODES: list[type[io.ComfyNode]] = [
     LoadPipeline, LoadModel, LoadTextEncoder, LoadVAE, TextEncode, EmptyLatent, Sampler, SamplerSelect, Scheduler,
     DynamicGuidance, Decode, ImageToVideo, VideoToVideo, ImageSize, Inversion, LoadLatent, MemoryPlan, SaveModel,
-    LoadLora, Download, ContextWindows, RIFLEx, PromptSequence, DecodeVideo,
+    LoadLora, Download, ContextWindows, RIFLEx, PromptSequence, DecodeVideo, Extend,
 ]
 
 

@@ -15,7 +15,7 @@ MAX_FPS = 120
 ABSENT = object()  # an input that is not connected; a connected one is None in validation
 
 
-def _decode_inputs() -> list[io.Input]:
+def decode_inputs() -> list[io.Input]:
     return [
         io.Latent.Input("samples", tooltip="A CogVideoX latent."),
         io.Vae.Input("vae", tooltip="A CogVideoX VAE."),
@@ -31,7 +31,7 @@ def _decode_inputs() -> list[io.Input]:
     ]
 
 
-def _check_tiles(tile_width: int | None, tile_height: int | None, tile_overlap: int | None) -> None:
+def check_tiles(tile_width: int | None, tile_height: int | None, tile_overlap: int | None) -> None:
     """Raises SpecError if they cannot be used; None is an input that is connected."""
     for name, value in {"tile_width": tile_width, "tile_height": tile_height}.items():
         check_range(name, value, 64, 4096)
@@ -58,14 +58,14 @@ class Decode(io.ComfyNode):
             category="CogVideoX/latent",
             description="Turns a sampled latent into frames, exactly as the reference does unless tiles are used.",
             search_aliases=["VAE decode CogVideoX", "CogVideo decode", "decode tiled CogVideoX"],
-            inputs=_decode_inputs(),
+            inputs=decode_inputs(),
             outputs=[io.Image.Output()],
         )
 
     @classmethod
     def validate_inputs(cls, tile_overlap: int | None = None, tile_width: int | None = None,
                         tile_height: int | None = None) -> bool | str:
-        return problem_of(lambda: _check_tiles(tile_width, tile_height, tile_overlap))
+        return problem_of(lambda: check_tiles(tile_width, tile_height, tile_overlap))
 
     @classmethod
     def execute(cls, samples: dict, vae: io.Vae.Type, tiling: str, tile_width: int, tile_height: int,
@@ -88,7 +88,7 @@ class DecodeVideo(io.ComfyNode):
             search_aliases=["stream video CogVideoX", "long video decode CogVideoX", "create video CogVideoX",
                             "decode to video"],
             inputs=[
-                *_decode_inputs(),
+                *decode_inputs(),
                 io.Float.Input("fps", default=0, min=0, max=MAX_FPS, step=1, tooltip="Frames per second: 8 for 1.0, 16 "
                                "for 1.5. 0: those of the connected model."),
                 io.Audio.Input("audio", optional=True, tooltip="The audio to add to the video."),
@@ -103,7 +103,7 @@ class DecodeVideo(io.ComfyNode):
                         tile_height: int | None = None, fps: float | None = None,
                         model: Any = ABSENT) -> bool | str:
         def check() -> None:
-            _check_tiles(tile_width, tile_height, tile_overlap)
+            check_tiles(tile_width, tile_height, tile_overlap)
             _check_fps(fps, model is not ABSENT)
 
         return problem_of(check)

@@ -17,23 +17,38 @@ _DENOISE_TIP = ("Strength, as in diffusers: the last int(steps * denoise) of the
                 "to keep some of the latent's video.")
 
 
-def _sampler_input() -> io.Combo.Input:
+def sampler_input() -> io.Combo.Input:
     from ..samplers.adapter import sampler_names
 
     return io.Combo.Input("sampler", options=sampler_names(), default="cogvideox_ddim", tooltip=_SAMPLER_TIP)
 
 
-def _schedule_input() -> io.Combo.Input:
+def schedule_input() -> io.Combo.Input:
     from ..samplers.adapter import schedule_names
 
     return io.Combo.Input("schedule", options=schedule_names(), default="trailing", tooltip=_SCHEDULE_TIP)
 
 
-def _steps_input() -> io.Int.Input:
+def steps_input() -> io.Int.Input:
     return io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Denoising steps; the reference uses 50.")
 
 
-def _denoise_input() -> io.Float.Input:
+def seed_input() -> io.Int.Input:
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                        tooltip="Seed of the noise.")
+
+
+def cfg_input() -> io.Float.Input:
+    return io.Float.Input("cfg", default=6.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                          tooltip="Guidance scale; the reference uses 6.")
+
+
+def dynamic_cfg_input() -> io.Boolean.Input:
+    return io.Boolean.Input("dynamic_cfg", default=False, tooltip="Vary the guidance over the steps as the "
+                            "reference's dynamic guidance does; usual with cogvideox_dpm.")
+
+
+def denoise_input() -> io.Float.Input:
     return io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=_DENOISE_TIP)
 
 
@@ -51,16 +66,13 @@ class Sampler(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What the video should show."),
                 io.Conditioning.Input("negative", tooltip="What it should not show; an empty prompt is usual."),
                 io.Latent.Input("latent_image", tooltip="An empty latent, or an encoded video for denoise below 1."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                             tooltip="Seed of the noise."),
-                _steps_input(),
-                io.Float.Input("cfg", default=6.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                               tooltip="Guidance scale; the reference uses 6."),
-                _sampler_input(),
-                _schedule_input(),
-                _denoise_input(),
-                io.Boolean.Input("dynamic_cfg", default=False, tooltip="Vary the guidance over the steps as the "
-                                 "reference's dynamic guidance does; usual with cogvideox_dpm."),
+                seed_input(),
+                steps_input(),
+                cfg_input(),
+                sampler_input(),
+                schedule_input(),
+                denoise_input(),
+                dynamic_cfg_input(),
             ],
             outputs=[io.Latent.Output()],
         )
@@ -87,7 +99,7 @@ class SamplerSelect(io.ComfyNode):
             category=CATEGORY,
             description="A sampler for SamplerCustomAdvanced: the reference's two, exact, or any of ComfyUI's.",
             search_aliases=["KSamplerSelect CogVideoX", "cogvideox_ddim", "cogvideox_dpm"],
-            inputs=[_sampler_input()],
+            inputs=[sampler_input()],
             outputs=[io.Sampler.Output()],
         )
 
@@ -109,9 +121,9 @@ class Scheduler(io.ComfyNode):
             search_aliases=["BasicScheduler CogVideoX", "trailing timesteps", "distilled timesteps"],
             inputs=[
                 io.Model.Input("model", tooltip="A CogVideoX model; its noise schedule is used."),
-                _steps_input(),
-                _schedule_input(),
-                _denoise_input(),
+                steps_input(),
+                schedule_input(),
+                denoise_input(),
                 io.String.Input("timesteps", default="", optional=True, tooltip="Falling timesteps 0..999 separated "
                                 "by commas, such as 999,856,665,399, for models distilled to few steps. Replaces "
                                 "steps and schedule; leave empty otherwise."),

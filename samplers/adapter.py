@@ -203,14 +203,14 @@ def with_dynamic_guidance(model: Any, steps: int) -> Any:
 
 
 def sample(model: Any, positive: Any, negative: Any, latent: dict[str, Any], seed: int, cfg: float,
-           sampler: comfy.samplers.Sampler, sigmas: Tensor) -> dict[str, Any]:
+           sampler: comfy.samplers.Sampler, sigmas: Tensor, callback: Any = None) -> dict[str, Any]:
     """Run a sampler on a LATENT and return the sampled LATENT, with ComfyUI's noise for the seed and its previews."""
     import latent_preview
 
     samples = comfy.sample.fix_empty_latent_channels(
         model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-    callback = latent_preview.prepare_callback(model, max(len(sigmas) - 1, 0))
+    callback = callback or latent_preview.prepare_callback(model, max(len(sigmas) - 1, 0))
     samples = comfy.sample.sample_custom(
         model, noise, cfg, sampler, sigmas, positive, negative, samples,
         noise_mask=latent.get("noise_mask"), callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,

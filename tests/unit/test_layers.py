@@ -24,7 +24,7 @@ PURE = {"models/specs.py", "models/noise_schedule.py", "models/cogvideox/positio
         "model_loaders/recovery_settings.py", "model_loaders/memory_plan.py", "models/smaller.py", "models/turns.py",
         "models/cogvideox/vae_plan.py", "samplers/schedules.py", "samplers/guidance.py", "samplers/reference.py",
         "samplers/inversion.py", "samplers/windows.py", "samplers/colour.py", "samplers/prompts.py",
-        "samplers/plan.py", "samplers/plan_picture.py", "nodes/validation.py"}
+        "samplers/plan.py", "samplers/plan_picture.py", "samplers/extend.py", "nodes/validation.py"}
 HOST = ("comfy", "comfy_api", "folder_paths", "server", "latent_preview", "nodes", "execution")
 
 # Start-up imports the nodes: nothing heavy, and no dependency whose absence would stop the pack from loading.
@@ -32,7 +32,7 @@ START_UP = {"__init__.py", *(f"nodes/{f.name}" for f in (ROOT / "nodes").glob("*
             "model_loaders/files.py", "model_loaders/lora_scale.py", "model_loaders/download.py",
             "model_loaders/published.py", "model_loaders/memory_plan.py", "models/smaller.py", "models/specs.py",
             "models/cogvideox/vae_plan.py", "samplers/schedules.py",
-            "models/turns.py", "samplers/windows.py"}
+            "models/turns.py", "samplers/windows.py", "samplers/extend.py"}
 LAZY = ("diffusers", "transformers", "huggingface_hub", "accelerate", "safetensors", "einops", "torch", "gguf")
 
 
@@ -69,8 +69,8 @@ def test_pure_files_know_no_comfyui(file):
     assert not host
 
 
-def test_samplers_meet_comfyui_in_two_files_only():
-    attach = ("adapter.py", "long_video.py")
+def test_samplers_meet_comfyui_in_three_files_only():
+    attach = ("adapter.py", "extend_video.py", "long_video.py")
     others = [file for file in FILES if name(file).startswith("samplers/") and file.name not in attach]
     assert not [name(file) for file in others for imported in imports(file) if imported.split(".")[0] in HOST]
 
