@@ -1,7 +1,8 @@
 """Finished chunks of a video that is being extended, as files: queued again, a run goes on where it was stopped.
 
-A chunk is found by a hash of everything that it was sampled from, the frames before it included. So nothing stale is
-ever taken, and what did not change is not sampled again: more chunks at the end, or another prompt for the last one.
+A chunk is found by a hash of what it was sampled from: models, settings, prompts, the nodes that made the video. The
+frames that it took over are kept beside it and compared, because a GPU need not give the same bits twice. So nothing
+stale is taken, and what did not change is not sampled again: more chunks at the end, or another last prompt.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
@@ -26,6 +28,8 @@ log = logging.getLogger("cogx")
 
 FOLDER = "extend"  # below the recovery folder, whose own files are counted apart
 MOST_BYTES = 2e9  # of all chunks together; the oldest go first
+BEGUN_FROM = "begun_from"  # in the file: the latents that the chunk took over
+SAME = 0.01  # relative difference (L2) of these that is numerical noise, and cannot be seen (40 dB)
 
 
 class NotComparable(Exception):
@@ -92,15 +96,17 @@ def _files(path: Path) -> list[Any]:
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in found if file.is_file()]
 
 
-def model_identity(model: Any, prompt: Mapping[str, Any] | None, node_id: str | None) -> str | None:
-    """What a MODEL is: the nodes that made it, for the node ``node_id`` of ``prompt``; its files; its weight patches.
+def run_identity(model: Any, prompt: Mapping[str, Any] | None, node_id: str | None) -> str | None:
+    """What a run of the node ``node_id`` of ``prompt`` works with: the nodes that made its MODEL, VAE and images, and
+    of the MODEL the files and the weight patches.
 
     None, with a line in the log, if that cannot be known.
     """
     try:
         if prompt is None or node_id not in prompt:
             raise NotComparable("a node outside the prompt")
-        nodes = _input(prompt, prompt[node_id]["inputs"]["model"], {})
+        seen: dict[str, Any] = {}
+        nodes = [_input(prompt, prompt[node_id]["inputs"][name], seen) for name in ("model", "vae", "images")]
         loader = model.cached_patcher_init[1]
         return digest([nodes, list(loader), _files(Path(loader[0])), dict(model.patches)])
     except (NotComparable, OSError) as error:
@@ -108,9 +114,13 @@ def model_identity(model: Any, prompt: Mapping[str, Any] | None, node_id: str | 
         return None
 
 
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and float((one.float() - other.float()).norm() / other.float().norm()) <= SAME
+
+
 @dataclass
 class ChunkFiles:
-    """The chunks that one run finds and saves. ``identity``: of the model; without one nothing is found or saved.
+    """The chunks that one run finds and saves. ``identity``: of the run; without one nothing is found or saved.
 
     Nothing that goes wrong here stops a run.
     """
@@ -132,28 +142,32 @@ class ChunkFiles:
             log.info("This chunk is not saved: a condition holds %s, which cannot be compared.", error)
             return None
 
-    def find(self, key: str | None) -> Tensor | None:
-        """The sampled latent of a key, to the bit."""
+    def find(self, key: str | None, begun_from: Tensor) -> Tensor | None:
+        """The sampled latent of a key, to the bit, if it took over these latents."""
         if key is None or not self._path(key).is_file():
             return None
         try:
             latent, run = read_latent(self._path(key))
+            kept = safetensors.torch.load(self._path(key).read_bytes()).get(BEGUN_FROM)
             os.utime(self._path(key))
         except (SpecError, OSError) as error:
             log.warning("A finished chunk is sampled again: %s", error)
+            return None
+        if kept is None or not _alike(kept, begun_from.cpu()):
+            log.info("A chunk is sampled again: the frames before it have changed.")
             return None
         self.used.add(self._path(key))
         log.info("Found the finished chunk of %s (seed %d).", run.saved, run.seed)
         return latent
 
-    def save(self, key: str | None, latent: Tensor, **facts: Any) -> None:
+    def save(self, key: str | None, latent: Tensor, begun_from: Tensor, **facts: Any) -> None:
         """facts: the fields of ``SavedRun`` that the latent does not tell."""
         if key is None:
             return
         run = SavedRun(**facts, **pixel_size(latent), step=facts["steps"], complete=True, end_sigma=0.0,
                        saved=time.strftime("%Y-%m-%d %H:%M:%S"), sha256=fingerprint(latent), version=pack_version())
         try:
-            write(self.folder, latent, run, self._path(key))
+            write(self.folder, latent, run, self._path(key), {BEGUN_FROM: begun_from.cpu().contiguous()})
             self.used.add(self._path(key))
             self._prune()
         except OSError as error:

@@ -14,8 +14,10 @@ import logging
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -137,10 +139,11 @@ def _rename(temporary: Path, path: Path) -> None:
     return os.replace(temporary, path)
 
 
-def write(folder: Path, latent: Tensor, run: SavedRun, path: Path | None = None) -> Path:
+def write(folder: Path, latent: Tensor, run: SavedRun, path: Path | None = None,
+          beside: Mapping[str, Tensor] = MappingProxyType({})) -> Path:
     """Write a latent; the file appears whole or not at all, also if the machine stops meanwhile.
 
-    path: in the folder; without one a new file gets a name of its run.
+    path: in the folder; without one a new file gets a name of its run. beside: tensors for the same file.
 
     Raises:
         OSError: the folder cannot be made or written, or the disk is full.
@@ -150,7 +153,7 @@ def write(folder: Path, latent: Tensor, run: SavedRun, path: Path | None = None)
     folder.mkdir(parents=True, exist_ok=True)
     path = path or _free_path(folder, run)
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
-    tensors = {TENSOR_KEY: latent.detach().cpu().contiguous(), FORMAT_KEY: torch.tensor([])}
+    tensors = {TENSOR_KEY: latent.detach().cpu().contiguous(), FORMAT_KEY: torch.tensor([]), **beside}
     try:
         with open(temporary, "wb") as file:
             file.write(save(tensors, {METADATA_KEY: json.dumps(asdict(run))}))

@@ -25,11 +25,12 @@ class Whole:
     """A bar of ``total`` units, filled part after part."""
 
     def __init__(self, total: int) -> None:
-        self._bar, self._total, self._done = comfy.utils.ProgressBar(total), total, 0
+        self._bar, self._total, self._done, self._shown = comfy.utils.ProgressBar(total), total, 0, 0
 
     def show(self, value: int, preview: Any = None) -> None:
-        """``value`` units of the part that runs are done."""
-        self._bar.update_absolute(self._done + value, self._total, preview)
+        """``value`` units of the part that runs are done. It never goes back, also if the part begins again."""
+        self._shown = max(self._shown, self._done + value)
+        self._bar.update_absolute(self._shown, self._total, preview)
 
     @contextmanager
     def part(self, units: int) -> Iterator[None]:

@@ -84,7 +84,7 @@ class Extend(io.ComfyNode):
                 length: int, overlap: int, seed: int, steps: int, cfg: float, sampler: str, schedule: str,
                 denoise: float, dynamic_cfg: bool, match_colors: str, tiling: str, tile_width: int, tile_height: int,
                 tile_overlap: int) -> io.NodeOutput:
-        from ..model_loaders.chunk_files import ChunkFiles, model_identity
+        from ..model_loaders.chunk_files import ChunkFiles, run_identity
         from ..model_loaders.vae import require_cogvideox
         from ..samplers.adapter import spec_of
         from ..samplers.extend import Extension
@@ -94,7 +94,7 @@ class Extend(io.ComfyNode):
         plan = Extension(spec_of(model), chunks, length, overlap)
         extender = Extender(
             model, network, positive, negative, plan,
-            Sampling(seed, steps, cfg, sampler, schedule, denoise, dynamic_cfg),
+            Sampling(seed, steps, cfg, sampler, schedule, denoise, dynamic_cfg), match_colors,
             lambda samples: network.decode_video(samples, tiling, (tile_height, tile_width), tile_overlap),
-            ChunkFiles(model_identity(model, cls.hidden.prompt, cls.hidden.unique_id)))
-        return io.NodeOutput(extender.run(images, match_colors))
+            ChunkFiles(run_identity(model, cls.hidden.prompt, cls.hidden.unique_id)))
+        return io.NodeOutput(extender.run(images))

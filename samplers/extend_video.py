@@ -7,9 +7,10 @@ that the new frames go on with their motion. An image-to-video model also sees t
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ..models.cogvideox.image_condition import REFERENCE_KEY, condition_latent
+from ..models.cogvideox.pixels import as_rgb
 from ..models.cogvideox.vae_plan import LATENT_CHUNK, PIXEL_CHUNK, chunk_bounds
 from ..models.progress import Whole
-from ..models.specs import Geometry, check_geometry
+from ..models.specs import Geometry, SpecError, check_geometry
 from . import adapter
 from .extend import Extension, extend
 from .prompts import in_turn
@@ -38,9 +40,9 @@ class Chunks(Protocol):
 
     def key(self, inputs: Any) -> str | None: ...
 
-    def find(self, key: str | None) -> Tensor | None: ...
+    def find(self, key: str | None, begun_from: Tensor) -> Tensor | None: ...
 
-    def save(self, key: str | None, latent: Tensor, **facts: Any) -> None: ...
+    def save(self, key: str | None, latent: Tensor, begun_from: Tensor, **facts: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Extender:
     """One run: what all chunks share.
 
     Attributes:
-        vae: this pack's. decode: [1, 16, T, h, w] -> [1, frames, H, W, 3].
+        vae: this pack's. match: 'off', 'soft' or 'full', see colour.py.
+        decode: [1, 16, T, h, w] -> [1, frames, H, W, 3].
     """
 
     model: Any
@@ -70,17 +73,22 @@ class Extender:
     negative: list[Any]
     plan: Extension
     sampling: Sampling
+    match: str
     decode: Callable[[Tensor], Tensor]
     chunks: Chunks
+    _key: str | None = None  # of the chunk before
 
-    def run(self, frames: Tensor, match: str) -> Tensor:
-        """The extended video: [N, H, W, 3] -> [N + new frames, H, W, 3].
+    def run(self, frames: Tensor) -> Tensor:
+        """The extended video: [N, H, W, C] -> [N + new frames, H, W, 3].
 
         Raises:
-            SpecError: its size is not legal for the model, or it is shorter than the overlap.
+            SpecError: its size is not legal for the model, it is shorter than the overlap, or no step is left to run.
         """
         geometry = check_geometry(frames.shape[2], frames.shape[1], self.plan.length, self.plan.spec)
-        return extend(frames, self.plan, partial(self._chunk, geometry, self._bar(geometry)), match)
+        frames, note = as_rgb(frames)
+        if note:
+            log.warning("Extend: %s.", note)
+        return extend(frames, self.plan, partial(self._chunk, geometry, self._bar(geometry)), self.match)
 
     def _units(self, geometry: Geometry) -> tuple[int, int, int]:
         """Of a chunk, in the bar: the VAE's chunks and the sampler's steps."""
@@ -115,21 +123,24 @@ class Extender:
 
     def _sampled(self, whole: Whole, index: int, latent: Tensor, image: Tensor | None) -> Tensor:
         """The chunk's latent: kept from an earlier run, or sampled and kept."""
-        positive, negative = (_with_image(of[min(index, len(of) - 1)], image) for of in self._prompts)
+        positive, negative = (of[min(index, len(of) - 1)] for of in self._prompts)
         seed, sampling = self.plan.seed(self.sampling.seed, index), self.sampling
-        key = self.chunks.key([latent, positive, negative, seed, self.sigmas, sampling.sampler, sampling.cfg,
-                               sampling.dynamic_cfg, RELEASED])
-        found = self.chunks.find(key)
+        known = latent[:, :, :self.plan.latent_overlap]
+        # All that the frames before it were made with is in the key of the chunk before.
+        self._key = key = self.chunks.key([self._key, index, positive, negative, asdict(sampling), self.plan.length,
+                                           self.plan.overlap, self.match, RELEASED])
+        found = self.chunks.find(key, known)
         if found is not None:
             return found.to(latent)
         began = time.monotonic()
         mask = torch.ones(1, 1, *latent.shape[2:])
         mask[:, :, :self.plan.latent_overlap] = KEPT
         samples = adapter.sample(
-            self._sampled_model, positive, negative, {"samples": latent, "noise_mask": mask}, seed, sampling.cfg,
+            self._sampled_model, _with_image(positive, image), _with_image(negative, image),
+            {"samples": latent, "noise_mask": mask}, seed, sampling.cfg,
             adapter.sampler_object(sampling.sampler, sampling.steps), self.sigmas, self._callback(whole))["samples"]
-        self.chunks.save(key, samples, fps=self.plan.spec.fps, model=self.plan.spec.name, seed=seed, cfg=sampling.cfg,
-                         sampler=sampling.sampler, steps=len(self.sigmas) - 1,
+        self.chunks.save(key, samples, known, fps=self.plan.spec.fps, model=self.plan.spec.name, seed=seed,
+                         cfg=sampling.cfg, sampler=sampling.sampler, steps=len(self.sigmas) - 1,
                          dtype=str(self.model.model.get_dtype_inference()).removeprefix("torch."),
                          seconds=round(time.monotonic() - began, 1))
         return samples
@@ -151,8 +162,12 @@ class Extender:
     @cached_property
     def sigmas(self) -> Tensor:
         sampling = self.sampling
-        return adapter.make_sampler_sigmas(self.model, sampling.sampler, sampling.steps, sampling.schedule,
-                                           sampling.denoise)
+        sigmas = adapter.make_sampler_sigmas(self.model, sampling.sampler, sampling.steps, sampling.schedule,
+                                             sampling.denoise)
+        if len(sigmas) < 2:
+            raise SpecError(f"denoise {sampling.denoise:g} of {sampling.steps} steps: expected at least one step to "
+                            f"run; nearest: {math.ceil(100 / sampling.steps) / 100:g}. Raise denoise or steps.")
+        return sigmas
 
     @cached_property
     def _sampled_model(self) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cogx.model_loaders import chunk_files, load
-from cogx.model_loaders.chunk_files import ChunkFiles, NotComparable, digest, model_identity
+from cogx.model_loaders.chunk_files import ChunkFiles, NotComparable, digest, run_identity
 from cogx.model_loaders.latent_files import list_files
 from cogx.models.specs import SpecError
 from cogx.nodes.decode import Decode
@@ -127,6 +127,7 @@ def test_sizes_and_lengths_are_refused(inference, tiny_pipelines):
             (frames_of(20)[:, :60], {"length": 17}, "height 60: CogVideoX needs a multiple of 16; nearest: 48 or 64."),
             (frames_of(8), {"length": 17}, "8 frames: expected at least the overlap of 9. Set overlap to 1,"),
             (frames_of(20), {"length": 25}, "CogVideoX 1.5 needs 16N.1 .*; nearest: 17 or 33."),
+            (frames_of(20), {"length": 17, "denoise": 0.1}, "denoise 0.1 of 5 steps: .*; nearest: 0.2."),
             (frames_of(20), {"length": 17, "overlap": 5}, "1.5 needs 8N.1 frames; nearest: 1 or 9.")]:
         with pytest.raises(SpecError, match=words):
             extended(model, vae, video, positive, negative, **inputs)
@@ -139,37 +140,40 @@ def test_what_can_be_told_apart():
     """Each differs from all others, and equals itself."""
     adapter = [LoRAAdapter({"a"}, (torch.full((2, 2), value), torch.ones(2, 2), 1.0, None, None, None))
                for value in (1.0, 2.0)]
-    values = [None, True, 1, 1.0, "1", torch.ones(2), torch.ones(1, 2), torch.ones(2).half(), [1, [2]], [[1], 2], [1, 2],
-              {"a": 1}, {"b": 1}, {"a": 2}, adapter[0], adapter[1], ["ab", "c"], ["a", "bc"]]
+    values = [None, True, 1, 1.0, "1", torch.ones(2), torch.ones(1, 2), torch.ones(2).half(), [1, [2]], [[1], 2],
+              [1, 2], {"a": 1}, {"b": 1}, {"a": 2}, adapter[0], adapter[1], ["ab", "c"], ["a", "bc"]]
     assert len({digest(value) for value in values}) == len(values)
     assert digest({"a": 1, "b": (2,)}) == digest({"b": [2], "a": 1})
     with pytest.raises(NotComparable, match="SimpleNamespace"):
         digest([1, {"control": SimpleNamespace()}])
 
 
-def prompt_of(lora: str = "a", strength: float = 1.0, ids: str = "123") -> Graph:
+def prompt_of(lora: str = "a", strength: float = 1.0, video: str = "a.png", ids: str = "123") -> Graph:
     load_id, lora_id, node = ids
     return {load_id: {"class_type": "Load", "inputs": {"name": "model"}},
             lora_id: {"class_type": "Lora", "inputs": {"model": [load_id, 0], "file": lora, "strength": strength}},
-            node: {"class_type": "CogXExtend", "inputs": {"model": [lora_id, 0], "chunks": 1}},
+            node: {"class_type": "CogXExtend",
+                   "inputs": {"model": [lora_id, 0], "vae": [load_id, 2], "images": ["8", 0], "chunks": 1}},
+            "8": {"class_type": "LoadImage", "inputs": {"image": video}},
             "9": {"class_type": "Other", "inputs": {"seed": 5}}}
 
 
-def test_what_a_model_is(tmp_path):
+def test_what_a_run_works_with(tmp_path):
     """The nodes before it, whatever their ids; its file; its patches. Not known: a node that is not in the prompt."""
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"weights")
 
     def identity(prompt: Graph | None, node: str = "3", **patches: Any) -> str | None:
-        return model_identity(SimpleNamespace(cached_patcher_init=(None, (str(file), "auto")), patches=patches), prompt,
+        return run_identity(SimpleNamespace(cached_patcher_init=(None, (str(file), "auto")), patches=patches), prompt,
                               node)
 
     plain = identity(prompt_of())
     assert plain == identity(prompt_of(ids="745"), "5") == identity({**prompt_of(), "9": {}})
-    others = [identity(prompt_of("b")), identity(prompt_of(strength=0.5)), identity(prompt_of(), key=[(1.0, None)])]
+    others = [identity(prompt_of("b")), identity(prompt_of(video="b.png")), identity(prompt_of(strength=0.5)),
+              identity(prompt_of(), key=[(1.0, None)])]
     file.write_bytes(b"other weights")
     others.append(identity(prompt_of()))
-    assert len({plain, *others}) == 5 and None not in others
+    assert len({plain, *others}) == 6 and None not in others
     assert identity(None) is identity(prompt_of(), "77") is identity({"3": prompt_of()["3"]}) is None
     assert identity(prompt_of(), key=[(1.0, SimpleNamespace())]) is None
 
@@ -185,37 +189,43 @@ FACTS = {"model": "5B", "fps": 8, "seed": 1, "sampler": "euler", "steps": 4, "cf
 
 
 def test_chunks_come_back_to_the_bit_or_not_at_all(files, caplog):
-    latent = torch.randn(1, 16, 5, 8, 12)
-    key = files.key([latent, 1])
-    assert files.find(key) is None
-    files.save(key, latent, **FACTS)
-    found = ChunkFiles("model").find(key)
-    assert found is not None and torch.equal(found, latent)
-    assert ChunkFiles("other").key([latent, 1]) != key != files.key([latent, 2])
+    caplog.set_level("INFO", "cogx")
+    latent, known = torch.randn(1, 16, 5, 8, 12), torch.randn(1, 16, 3, 8, 12)
+    key = files.key(["prompt", 1])
+    assert files.find(key, known) is None
+    files.save(key, latent, known, **FACTS)
+    noise = known.norm() * torch.nn.functional.normalize(torch.randn(known.shape).flatten(), dim=0).view(known.shape)
+    for begun_from in (known, known + 0.009 * noise):  # what a GPU may give another time
+        found = ChunkFiles("model").find(key, begun_from)
+        assert found is not None and torch.equal(found, latent)
+    for begun_from in (known + 0.011 * noise, known[:, :, :2], torch.zeros_like(known), known.flip(2)):
+        assert files.find(key, begun_from) is None
+    assert caplog.text.count("the frames before it have changed") == 4
+    assert ChunkFiles("other").key(["prompt", 1]) != key != files.key(["prompt", 2])
     file, = list_files(files.folder)
     file.write_bytes(file.read_bytes()[:-5])
-    assert files.find(key) is None and "is sampled again" in caplog.text
+    assert files.find(key, known) is None and "is no whole latent file" in caplog.text
     assert files.key([SimpleNamespace()]) is None and ChunkFiles(None).key(1) is None
-    files.save(None, latent, **FACTS)
+    files.save(None, latent, known, **FACTS)
     assert len(list_files(files.folder)) == 1
 
 
 def test_the_oldest_chunks_go_first_and_none_of_this_run(files, monkeypatch):
-    latent = torch.randn(1, 16, 5, 8, 12)
+    latent, known = torch.randn(1, 16, 5, 8, 12), torch.randn(1, 16, 1, 8, 12)
     earlier = ChunkFiles("model")
     names = [earlier.key(index) for index in range(3)]
     for index, name in enumerate(names):
-        earlier.save(name, latent, **FACTS)
+        earlier.save(name, latent, known, **FACTS)
         chunk_files.os.utime(earlier.folder / f"{name}.safetensors", (index, index))
     (files.folder / "mine.safetensors").write_bytes(b"not a chunk")
     chunk_files.os.utime(files.folder / "mine.safetensors", (0, 0))
-    monkeypatch.setattr(chunk_files, "MOST_BYTES", 2.5 * latent.nbytes)
+    monkeypatch.setattr(chunk_files, "MOST_BYTES", 3 * latent.nbytes)  # two, with what is kept beside them
     new = [files.key(index) for index in range(5, 9)]
-    files.save(new[0], latent, **FACTS)
+    files.save(new[0], latent, known, **FACTS)
     kept = {path.stem for path in list_files(files.folder)}
     assert kept == {"mine", names[2], new[0]}
     for name in new[1:]:
-        files.save(name, latent, **FACTS)
+        files.save(name, latent, known, **FACTS)
     assert {path.stem for path in list_files(files.folder)} == {"mine", *new}
 
 
@@ -262,7 +272,7 @@ def test_queued_again_it_goes_on(any_server):
     server, steps = any_server, 20
     folder = server.base / "output" / "cogx_recovery" / "extend"
     graph = graph_of(steps=steps)
-    each = 2 + 16 + 2  # chunks of the VAE when encoding, steps of 20 at 0.8, chunks of the VAE when decoding
+    each = 1 + 16 + 2  # chunks of the VAE when encoding, steps of 20 at 0.8, chunks of the VAE when decoding
 
     def stop(event: dict[str, Any]) -> None:
         nodes = event["data"].get("nodes", {}) if event["type"] == "progress_state" else {}
@@ -298,7 +308,8 @@ def test_queued_again_it_goes_on(any_server):
 @pytest.mark.parametrize("inputs, words", [
     ({"overlap": 8}, "overlap 8: CogVideoX 1.0 needs 4N\\+1 frames; nearest: 5 or 9."),
     ({"overlap": 17}, "overlap 17: expected less than length 17; nearest: 13."),
-    ({"length": 20}, "length: 20 frames: .*nearest: 17 or 25"), ({"tile_overlap": 1000}, "tile_overlap 1000: expected")])
+    ({"length": 20}, "length: 20 frames: .*nearest: 17 or 25"),
+    ({"tile_overlap": 1000}, "tile_overlap 1000: expected")])
 def test_refused_before_the_run(server, inputs, words):
     with pytest.raises(PromptError, match=words):
         server.queue(graph_of(**inputs))
