@@ -7,7 +7,6 @@ that the new frames go on with their motion. An image-to-video model also sees t
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from ..models.cogvideox.image_condition import REFERENCE_KEY, condition_latent
 from ..models.cogvideox.pixels import as_rgb
 from ..models.cogvideox.vae_plan import LATENT_CHUNK, PIXEL_CHUNK, chunk_bounds
 from ..models.progress import Whole
-from ..models.specs import Geometry, SpecError, check_geometry
+from ..models.specs import Geometry, check_geometry
 from . import adapter
 from .extend import Extension, extend
 from .prompts import in_turn
@@ -31,7 +30,7 @@ log = logging.getLogger("cogx")
 
 # The last steps may change the frames taken over too, so that the new ones meet them without an edge; the cross-fade
 # then leads from the frames as they were to these.
-RELEASED = 0.4
+RELEASED = 0.2
 KEPT = 0.5  # in the mask: not 0, which would give the frames back to the bit
 
 
@@ -162,12 +161,8 @@ class Extender:
     @cached_property
     def sigmas(self) -> Tensor:
         sampling = self.sampling
-        sigmas = adapter.make_sampler_sigmas(self.model, sampling.sampler, sampling.steps, sampling.schedule,
-                                             sampling.denoise)
-        if len(sigmas) < 2:
-            raise SpecError(f"denoise {sampling.denoise:g} of {sampling.steps} steps: expected at least one step to "
-                            f"run; nearest: {math.ceil(100 / sampling.steps) / 100:g}. Raise denoise or steps.")
-        return sigmas
+        return adapter.make_sampler_sigmas(self.model, sampling.sampler, sampling.steps, sampling.schedule,
+                                           sampling.denoise)
 
     @cached_property
     def _sampled_model(self) -> Any:
