@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..models.specs import PUBLISHED, SpecError
-from ..samplers.windows import FUSES, NOISES, POSITIONS, SCHEDULES, Windows, window_problem
+from ..samplers.windows import COARSE, FUSES, NOISES, POSITIONS, SCHEDULES, Windows, window_problem
 from .latent import MAX_FRAMES
 from .validation import check_range, problem_of
 
@@ -58,10 +58,12 @@ class ContextWindows(io.ComfyNode):
                 io.Int.Input("overlap", default=16, min=0, max=MAX_FRAMES, step=4, tooltip="Frames that a window "
                              "shares with the next: a multiple of 4 for 1.0, of 8 for 1.5. More is smoother and "
                              "takes longer."),
-                io.Combo.Input("schedule", options=list(SCHEDULES), tooltip="Where the windows lie. static: the same "
-                               "at each step. uniform: moved on at each step, so that no border stays in one place. "
-                               "looped: likewise, over the end into the beginning too: a closed loop, whose last "
-                               "frame meets its first. batched: side by side, without overlap."),
+                io.Combo.Input("schedule", options=list(SCHEDULES), default=COARSE, tooltip="Where the windows lie. "
+                               "static: the same at each step. uniform: moved on at each step, so that no border "
+                               "stays in one place. looped: likewise, over the end into the beginning too: a closed "
+                               "loop, whose last frame meets its first. batched: side by side, without overlap. "
+                               "coarse: as static, but while the noise is high one window spread over the whole video "
+                               "lays it out, so that the motion goes on."),
                 io.Combo.Input("fuse", options=list(FUSES), tooltip="How windows are blended where they overlap. "
                                "pyramid: by the distance from the window's end. linear: a cross-fade over the "
                                "overlap. flat: their mean. relative: by the distance from the window's middle."),

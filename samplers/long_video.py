@@ -73,13 +73,26 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
             causal_window_fix=False)
         self.windows = windows
         self.caches: dict[int, Any] = {}
+        self._laying_out = False
 
     def should_use_context(self, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any) -> bool:
         return self.windows.apply_to(x_in.size(TIME))
 
     def get_context_windows(self, model: Any, x_in: Tensor, model_options: Any) -> list[Window]:
         total = x_in.size(TIME)
-        return [Window(frames, dim=TIME, total_frames=total) for frames in self.windows.at(total, self._step)]
+        planned = [self.windows.overview(total)] if self._laying_out else self.windows.at(total, self._step)
+        return [Window(frames, dim=TIME, total_frames=total) for frames in planned]
+
+    def execute(self, calc_cond_batch: Callable[..., Any], model: Any, conds: Any, x_in: Tensor, timestep: Tensor,
+                model_options: dict[str, Any]) -> list[Tensor]:
+        """Core's loop. What it leaves as 0/0, the frames in no window of a step, comes from the frames around them."""
+        self._laying_out = self.windows.lay_out(float(model.model_sampling.timestep(timestep[:1])))
+        denoised = super().execute(calc_cond_batch, model, conds, x_in, timestep, model_options)
+        if not self._laying_out:
+            return denoised
+        first, second, shares = zip(*self.windows.around(x_in.size(TIME)), strict=True)
+        share = x_in.new_tensor(shares)[:, None, None]  # over [B, C, T, h, w]
+        return [torch.lerp(each[:, :, list(first)], each[:, :, list(second)], share) for each in denoised]
 
     def get_resized_cond(self, cond_in: list[dict[str, Any]] | None, x_in: Tensor, window: Window,
                          device: Any = None) -> list[dict[str, Any]] | None:

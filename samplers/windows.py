@@ -5,6 +5,7 @@ Pure. Tokens are what the network sees of time: one latent frame for CogVideoX 1
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from .prompts import mix
 
 INDEPENDENT, FREENOISE, REPEATED = NOISES = ("independent", "freenoise", "repeated")
 WINDOW, GLOBAL = POSITIONS = ("window", "global")
-UNIFORM, LOOPED = "uniform", "looped"
+UNIFORM, LOOPED, COARSE = "uniform", "looped", "coarse"
+COARSE_TIMESTEP = 500  # of 1000: from here up 'coarse' lays the video out
 
 
 def halving(step: int) -> float:
@@ -54,7 +56,7 @@ def _batched(total: int, length: int, overlap: int, step: int) -> list[list[int]
 
 
 _SCHEDULES: dict[str, Callable[[int, int, int, int], list[list[int]]]] = {
-    "static": _static, UNIFORM: _uniform, LOOPED: _looped, "batched": _batched}
+    "static": _static, UNIFORM: _uniform, LOOPED: _looped, "batched": _batched, COARSE: _static}
 SCHEDULES = tuple(_SCHEDULES)
 
 
@@ -68,6 +70,21 @@ def plan(total: int, length: int, overlap: int, schedule: str, step: int = 0) ->
         first = round(total * halving(step)) if schedule == LOOPED else 0
         return [[(first + token) % total for token in range(total)]]
     return _SCHEDULES[schedule](total, length, overlap, step)
+
+
+def spread(total: int, length: int) -> list[int]:
+    """A window of ``length`` of ``total`` tokens, evenly over the whole video, its first and its last among them."""
+    return [round(i * (total - 1) / max(length - 1, 1)) for i in range(length)]
+
+
+def between(tokens: Sequence[int], total: int) -> list[tuple[int, int, float]]:
+    """For each token of a video the two of ``tokens``, which rise from 0, around it, and the share of the second."""
+    found = []
+    for token in range(total):
+        after = bisect_right(tokens, token)
+        first, second = tokens[after - 1], tokens[min(after, len(tokens) - 1)]
+        found.append((first, second, (token - first) / (second - first) if second > first else 0.0))
+    return found
 
 
 def _pyramid(window: Sequence[int], total: int, overlap: int, closed: bool) -> list[float]:
@@ -216,6 +233,22 @@ class Windows:
         patch = self.spec.transformer.temporal_patch
         tokens = plan(total // patch, self.latent_frames // patch, self.latent_overlap // patch, self.schedule, step)
         return [[token * patch + i for token in window for i in range(patch)] for window in tokens]
+
+    def lay_out(self, timestep: float) -> bool:
+        """Whether one window over the whole video is seen at this noise, instead of those of ``at``."""
+        return self.schedule == COARSE and timestep >= COARSE_TIMESTEP
+
+    def overview(self, total: int) -> list[int]:
+        """That window: latent frames. Tokens stay whole."""
+        patch = self.spec.transformer.temporal_patch
+        return [token * patch + i for token in spread(total // patch, self.latent_frames // patch)
+                for i in range(patch)]
+
+    def around(self, total: int) -> list[tuple[int, int, float]]:
+        """For each of ``total`` latent frames the two of the ``overview`` around it, and the share of the second."""
+        patch = self.spec.transformer.temporal_patch
+        tokens = between(spread(total // patch, self.latent_frames // patch), total // patch)
+        return [(first * patch + i, second * patch + i, share) for first, second, share in tokens for i in range(patch)]
 
     def weights_of(self, window: Sequence[int], total: int) -> list[float]:
         return weights(window, total, self.latent_overlap, self.fuse, self.closed)

@@ -59,20 +59,21 @@ def masks(frames: np.ndarray) -> np.ndarray:
     return frames.max(-1).astype(int) - frames.min(-1) > CHROMA
 
 
-def _centroid(mask: np.ndarray) -> tuple[float, float]:
+def centroid(mask: np.ndarray) -> tuple[float, float]:
     y, x = np.nonzero(mask)
     return float(x.mean() + 0.5), float(y.mean() + 0.5)
 
 
+def hue_vector(rgb: np.ndarray) -> np.ndarray:
+    """The direction of a colour in colour space, without grey: [3], of length 1."""
+    centred = rgb - rgb.mean()
+    return centred / np.linalg.norm(centred)
+
+
 def colour_of(frames: np.ndarray, mask: np.ndarray) -> str:
     """The colour whose direction in colour space, without grey, is nearest to that of the mean coloured pixel."""
-
-    def hue(rgb: np.ndarray) -> np.ndarray:
-        centred = rgb - rgb.mean()
-        return centred / np.linalg.norm(centred)
-
-    mean = hue(frames[mask].mean(0))
-    return max(clips.COLOURS, key=lambda name: float(hue(np.array(clips.COLOURS[name], float)) @ mean))
+    mean = hue_vector(frames[mask].mean(0))
+    return max(clips.COLOURS, key=lambda name: float(hue_vector(np.array(clips.COLOURS[name], float)) @ mean))
 
 
 def motion_of(track: np.ndarray) -> str | None:
@@ -94,7 +95,7 @@ def shape_of(frame_masks: np.ndarray) -> str:
     for mask in frame_masks:
         radius = math.sqrt(mask.sum() / math.pi)
         for shape in clips.SHAPES:
-            template = clips.coverage(shape, _centroid(mask), radius) > 0.5
+            template = clips.coverage(shape, centroid(mask), radius) > 0.5
             overlap[shape] += (template & mask).sum() / (template | mask).sum()
     return max(overlap, key=lambda shape: overlap[shape])
 
@@ -105,7 +106,7 @@ def look(frames: np.ndarray) -> Seen:
     visible = found.sum((1, 2)) >= MIN_AREA
     if visible.mean() < MIN_VISIBLE:
         return Seen()
-    track = np.array([_centroid(mask) for mask in found[visible]])
+    track = np.array([centroid(mask) for mask in found[visible]])
     return Seen(shape_of(found[visible]), colour_of(frames, found), motion_of(track))
 
 

@@ -142,7 +142,9 @@ def test_what_the_network_is_given(load_tiny, variant, schedule):
     noise, image = noise_of(1, count=2), noise_of(2, 1, 2)
     run(model, noise, cfg=1.0, image=image)
     padding = windows.spec.padding_frames(LATENTS)
-    planned = [window for step in range(STEPS) for window in windows.at(LATENTS + padding, step)]
+    total, timesteps = LATENTS + padding, (999, 666, 333)
+    planned = [window for step, timestep in enumerate(timesteps) for window in
+               ([windows.overview(total)] if windows.lay_out(timestep) else windows.at(total, step))]
     assert len(seen) == len(planned) > STEPS
     condition = padded_condition(condition_latent(LATENTS, image, None) * windows.spec.image_scale("auto"), padding)
     for window, given in zip(planned, seen, strict=True):

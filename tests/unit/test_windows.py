@@ -8,7 +8,20 @@ from itertools import pairwise
 import pytest
 import torch
 from cogx.models.specs import PUBLISHED, SpecError
-from cogx.samplers.windows import FUSES, NOISES, POSITIONS, SCHEDULES, Windows, noise_order, plan, weights
+from cogx.samplers.windows import (
+    COARSE,
+    COARSE_TIMESTEP,
+    FUSES,
+    NOISES,
+    POSITIONS,
+    SCHEDULES,
+    Windows,
+    between,
+    noise_order,
+    plan,
+    spread,
+    weights,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,6 +89,38 @@ def test_the_one_window_of_a_closed_loop_begins_at_every_frame():
         assert all(window == [(window[0] + i) % total for i in range(total)] for window in windows)
         assert {window[0] for window in windows} == set(range(total)) and windows[0][0] == 0
     assert plan(13, 13, 4, "uniform", 3) == [list(range(13))]
+
+
+@settings(max_examples=400, deadline=None)
+@given(numbers())
+def test_the_overview_is_spread_over_the_video(sizes):
+    """Of a window's length, evenly, from the first token to the last; every token lies between its neighbours there."""
+    total, length, _ = sizes
+    if total <= length or length == 1:
+        return
+    tokens = spread(total, length)
+    gaps = [b - a for a, b in pairwise(tokens)]
+    assert len(tokens) == length and (tokens[0], tokens[-1]) == (0, total - 1) and max(gaps) - min(gaps) <= 1
+    places = between(tokens, total)
+    assert [first + share * (second - first) for first, second, share in places] == pytest.approx(range(total))
+    assert all(first in tokens and second in tokens and 0 <= share < 1 for first, second, share in places)
+
+
+def test_an_overview_of_one_token_fills_the_video():
+    assert spread(4, 1) == [0] and between([0], 4) == [(0, 0, 0.0)] * 4
+
+
+@pytest.mark.parametrize("spec, length, overlap, total", [(V1, 49, 16, 49), (V1_5, 81, 24, 84)])
+def test_coarse_lays_out_while_the_noise_is_high(spec, length, overlap, total):
+    windows = windows_of(spec, length, overlap, COARSE)
+    assert windows.lay_out(COARSE_TIMESTEP) and not windows.lay_out(COARSE_TIMESTEP - 1)
+    assert not windows_of(spec, length, overlap, "static").lay_out(999)
+    frames, patch = windows.overview(total), spec.transformer.temporal_patch
+    assert len(frames) == windows.latent_frames and frames[-patch:] == list(range(total - patch, total))
+    assert all(frames[i] % patch == i % patch for i in range(len(frames)))
+    for frame, (first, second, _) in enumerate(windows.around(total)):
+        assert first in frames and second in frames and first % patch == second % patch == frame % patch
+    assert windows.at(total, 3) == windows_of(spec, length, overlap, "static").at(total, 3)
 
 
 def test_linear_is_a_cross_fade():
