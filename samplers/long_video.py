@@ -16,7 +16,7 @@ from ..models.cogvideox.positions import PLACE_KEY, RIFLEX_KEY, Place, Riflex, i
 from ..models.specs import SpecError
 from ..models.turns import TURN, sequences
 from .adapter import spec_of
-from .windows import GLOBAL, INDEPENDENT, Windows, runs_within
+from .windows import COARSE, GLOBAL, INDEPENDENT, Windows, runs_within
 
 log = logging.getLogger("cogx")
 
@@ -56,6 +56,11 @@ def _areas_of_window(cond: dict[str, Any], window: Window) -> list[dict[str, Any
             for start, count in runs_within(window.index_list, first, frames)]
 
 
+def _has_sequence(conds: list[dict[str, Any]] | None) -> bool:
+    """Whether there is more than one prompt in turn."""
+    return any(len(places) > 1 for places in sequences([cond.get(TURN) for cond in conds or []]))
+
+
 class WindowHandler(comfy.context_windows.IndexListContextHandler):
     """Core's loop over windows, with this pack's windows and weights, and with the conditions that its models have."""
 
@@ -72,7 +77,7 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
             # A frame before each window would make it longer than what the model was trained on, and odd for 1.5.
             causal_window_fix=False)
         self.windows = windows
-        self.caches: dict[int, Any] = {}
+        self.caches: dict[tuple[bool, int], Any] = {}
         self._laying_out = False
 
     def should_use_context(self, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any) -> bool:
@@ -86,7 +91,8 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
     def execute(self, calc_cond_batch: Callable[..., Any], model: Any, conds: Any, x_in: Tensor, timestep: Tensor,
                 model_options: dict[str, Any]) -> list[Tensor]:
         """Core's loop. What it leaves as 0/0, the frames in no window of a step, comes from the frames around them."""
-        self._laying_out = self.windows.lay_out(float(model.model_sampling.timestep(timestep[:1])))
+        noise_level = float(model.model_sampling.timestep(timestep[:1]))
+        self._laying_out = self.windows.lays_out(x_in.size(TIME), noise_level) and not any(map(_has_sequence, conds))
         denoised = super().execute(calc_cond_batch, model, conds, x_in, timestep, model_options)
         if not self._laying_out:
             return denoised
@@ -157,10 +163,11 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
 
     def _cache_of(self, index: int, cache: Any, model: Any) -> Any:
         """EasyCache compares a forward with the one before, which must be that of the same window at the last step."""
-        if index not in self.caches or self.windows.moves:
-            self.caches[index] = cache.clone().prepare_timesteps(model.model_sampling)
+        key = self._laying_out, index
+        if key not in self.caches or self.windows.moves:
+            self.caches[key] = cache.clone().prepare_timesteps(model.model_sampling)
         cache.total_steps_skipped = min(own.total_steps_skipped for own in self.caches.values())  # for its log
-        return self.caches[index]
+        return self.caches[key]
 
 
 def _for_one_run(executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any,
@@ -176,7 +183,11 @@ def _for_one_run(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
         log.info("Context windows: %d frames fit into one window of %d, so there %s.", frames, handler.windows.length,
                  "is one, which begins elsewhere at each step" if handler.windows.closed else "are none")
     else:
-        handler.warn_of_unseen(executor.class_obj.conds, noise.size(TIME), len(sigmas) - 1)
+        conds = executor.class_obj.conds
+        handler.warn_of_unseen(conds, noise.size(TIME), len(sigmas) - 1)
+        if handler.windows.schedule == COARSE and any(map(_has_sequence, conds.values())):
+            log.info("Context windows: with a sequence of prompts coarse is sampled as static, because one window over "
+                     "the whole video has one prompt.")
     if handler.windows.moves and hasattr(options.get("transformer_options", {}).get(EASYCACHE), "first_cond_uuid"):
         log.warning("Context windows: EasyCache skips nothing, as %s windows see other frames at each step. Set the "
                     "schedule to static.", handler.windows.schedule)

@@ -16,17 +16,19 @@ def described(windows: Windows, latent_frames: int) -> dict[str, Any]:
 
     ``steps`` holds the windows of each step: of one, if they are the same at each, else of the first four. A window has
     its ``frames`` as pairs of the first and the last pixel frame (two where it goes over the end) and its ``weights``,
-    one for each latent frame; those of all windows on a latent frame sum to 1.
+    one for each latent frame; those of all windows on a latent frame sum to 1. ``overview`` has the frames of the one
+    window that 'coarse' lays the video out with while the noise is high; empty without one.
     """
     padding = windows.spec.padding_frames(latent_frames)
     total = latent_frames + padding
     hidden = 0 if windows.closed else padding  # a closed loop keeps the padding frames
     moves = len({str(windows.at(total, step)) for step in range(STEPS_SHOWN)}) > 1
     steps = [_step(windows, windows.at(total, step), total, hidden) for step in range(STEPS_SHOWN if moves else 1)]
+    overview = windows.overview(total) if windows.lays_out(total) else []
     return {
         "frames": _pixel_frames(total - hidden - 1)[1] + 1, "length": windows.length, "overlap": windows.overlap,
         "schedule": windows.schedule, "fuse": windows.fuse, "noise": windows.noise, "same_at_each_step": not moves,
-        "steps": steps,
+        "overview": spans([frame - hidden for frame in overview if frame >= hidden]), "steps": steps,
     }
 
 

@@ -38,8 +38,10 @@ class Picture:
 
     def __init__(self, plan: dict[str, Any]) -> None:
         self.plan = plan
+        self.overview = plan["overview"]
         self.lanes = [lanes_of(windows) for windows in plan["steps"]]
         bands = [LINE + (max(lanes) + 1) * (LANE + GAP) for lanes in self.lanes]
+        bands += [LINE + LANE + GAP] if self.overview else []
         self.image = Image.new("RGB", (WIDTH, 2 * MARGIN + LINE + sum(bands) + LINE), BACKGROUND)
         self.draw = ImageDraw.Draw(self.image)
         self.font = ImageFont.load_default(18)
@@ -54,9 +56,18 @@ class Picture:
         self.draw.text((MARGIN, y), f"{plan['frames']} frames, windows of {plan['length']}, overlap {plan['overlap']}: "
                        f"{plan['schedule']}, {plan['fuse']}", TEXT, self.font)
         y += LINE
+        if self.overview:
+            self.draw.text((MARGIN, y + 4), "while the noise is high: 1 window, the others between its frames", TEXT,
+                           self.small)
+            y += LINE
+            self._rectangle(0, plan["frames"] - 1, y, y + LANE, GROUND)
+            for first, last in self.overview:
+                self._rectangle(first, last, y, y + LANE, COLOURS[0])
+            y += LANE + GAP
         for step, (windows, lanes) in enumerate(zip(plan["steps"], self.lanes, strict=True), 1):
             count = f"{len(windows)} window{'s' if len(windows) > 1 else ''}"
             when = "each step" if plan["same_at_each_step"] else f"step {step}"
+            when = "then " + when if self.overview else when
             self.draw.text((MARGIN, y + 4), f"{when}: {count}", TEXT, self.small)
             y += LINE
             for number, (window, lane) in enumerate(zip(windows, lanes, strict=True)):

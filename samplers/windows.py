@@ -234,9 +234,9 @@ class Windows:
         tokens = plan(total // patch, self.latent_frames // patch, self.latent_overlap // patch, self.schedule, step)
         return [[token * patch + i for token in window for i in range(patch)] for window in tokens]
 
-    def lay_out(self, timestep: float) -> bool:
-        """Whether one window over the whole video is seen at this noise, instead of those of ``at``."""
-        return self.schedule == COARSE and timestep >= COARSE_TIMESTEP
+    def lays_out(self, total: int, timestep: float = COARSE_TIMESTEP) -> bool:
+        """Whether one window over all ``total`` latent frames is seen at this noise, instead of those of ``at``."""
+        return self.schedule == COARSE and timestep >= COARSE_TIMESTEP and total > self.latent_frames
 
     def overview(self, total: int) -> list[int]:
         """That window: latent frames. Tokens stay whole."""

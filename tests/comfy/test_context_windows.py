@@ -144,7 +144,7 @@ def test_what_the_network_is_given(load_tiny, variant, schedule):
     padding = windows.spec.padding_frames(LATENTS)
     total, timesteps = LATENTS + padding, (999, 666, 333)
     planned = [window for step, timestep in enumerate(timesteps) for window in
-               ([windows.overview(total)] if windows.lay_out(timestep) else windows.at(total, step))]
+               ([windows.overview(total)] if windows.lays_out(total, timestep) else windows.at(total, step))]
     assert len(seen) == len(planned) > STEPS
     condition = padded_condition(condition_latent(LATENTS, image, None) * windows.spec.image_scale("auto"), padding)
     for window, given in zip(planned, seen, strict=True):

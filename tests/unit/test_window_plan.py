@@ -7,7 +7,7 @@ import json
 import torch
 from cogx.models.specs import PUBLISHED
 from cogx.samplers.plan import STEPS_SHOWN, described, spans
-from cogx.samplers.plan_picture import BACKGROUND, COLOURS, GROUND, LANE, LINE, MARGIN, WIDTH, lanes_of, picture_of
+from cogx.samplers.plan_picture import BACKGROUND, COLOURS, GAP, GROUND, LANE, LINE, MARGIN, WIDTH, lanes_of, picture_of
 from cogx.samplers.windows import FUSES, SCHEDULES, Windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,3 +81,13 @@ def test_long_plans_are_drawn():
     """Labels that do not fit are left out; each step of a schedule that moves has its band."""
     short, moving = (picture_of(described(windows_of(schedule=schedule), 12000)) for schedule in ("static", "looped"))
     assert moving.shape[1] > 3 * short.shape[1] / 2 and picture_of(described(windows_of(), 1)).shape[1] > 100
+
+
+def test_the_overview_of_coarse_is_in_the_plan_and_the_picture():
+    plan, static = (described(windows_of(schedule=schedule), 49) for schedule in ("coarse", "static"))
+    assert len(plan["overview"]) == 13 and plan["overview"][0] == [0, 0] and plan["overview"][-1] == [189, 192]
+    assert static["overview"] == [] == described(windows_of(schedule="coarse"), 13)["overview"]
+    assert plan["steps"] == static["steps"]
+    assert picture_of(plan).shape[1] == picture_of(static).shape[1] + LINE + LANE + GAP
+    odd = described(windows_of("1.5-5B", 81, 24, "coarse"), 41)["overview"]
+    assert odd[0] == [0, 0] and odd[-1] == [153, 160]

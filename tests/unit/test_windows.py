@@ -113,8 +113,9 @@ def test_an_overview_of_one_token_fills_the_video():
 @pytest.mark.parametrize("spec, length, overlap, total", [(V1, 49, 16, 49), (V1_5, 81, 24, 84)])
 def test_coarse_lays_out_while_the_noise_is_high(spec, length, overlap, total):
     windows = windows_of(spec, length, overlap, COARSE)
-    assert windows.lay_out(COARSE_TIMESTEP) and not windows.lay_out(COARSE_TIMESTEP - 1)
-    assert not windows_of(spec, length, overlap, "static").lay_out(999)
+    assert windows.lays_out(total) and not windows.lays_out(total, COARSE_TIMESTEP - 1)
+    assert not windows.lays_out(windows.latent_frames, 999)
+    assert not windows_of(spec, length, overlap, "static").lays_out(total, 999)
     frames, patch = windows.overview(total), spec.transformer.temporal_patch
     assert len(frames) == windows.latent_frames and frames[-patch:] == list(range(total - patch, total))
     assert all(frames[i] % patch == i % patch for i in range(len(frames)))
