@@ -51,7 +51,10 @@ class Network:
 
     @property
     def dtype(self) -> str:
-        return str(self.weight_dtype).removeprefix("torch.")
+        """Of its weights; the formats of those that are quantized, and what the others are in."""
+        layers = [] if self.module is None else self.module.modules()
+        formats = sorted({layer.quant_format for layer in layers if getattr(layer, "quant_format", None)})
+        return " and ".join([*formats, str(self.weight_dtype).removeprefix("torch.")])
 
     def place(self) -> Place:
         """Its device, for it alone."""

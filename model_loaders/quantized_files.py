@@ -211,9 +211,9 @@ def _plain_weight(layer: str, conf: dict[str, Any], tensors: Mapping[str, Tensor
                         "again.")
     if not info.shape:
         raise SpecError(f"{where}: {layer}.weight: expected a matrix in {form}, got one value. Download it again.")
-    shape = (*info.shape[:-1], info.shape[-1] * _PACKED[form])
-    _check_scales(layer, form, shape, tensors, where)
-    return {f"{layer}.weight": TensorInfo(info.dtype, shape)}
+    unpacked = (*info.shape[:-1], info.shape[-1] * _PACKED[form])
+    _check_scales(layer, form, unpacked, tensors, where)
+    return {f"{layer}.weight": TensorInfo(info.dtype, unpacked)}
 
 
 def _scale_shapes(form: str, shape: tuple[int, ...]) -> dict[str, list[tuple[int, ...]]]:
@@ -221,10 +221,10 @@ def _scale_shapes(form: str, shape: tuple[int, ...]) -> dict[str, list[tuple[int
     rows, columns = shape[0], math.prod(shape[1:])
     one: list[tuple[int, ...]] = [(), (1,), (1, 1)]
     by_row: list[tuple[int, ...]] = [(rows,), (rows, *[1] * (len(shape) - 1))]
-    found = {"weight_scale": one + by_row, "weight_scale_2": one, "input_scale": one, "pre_quant_scale": [(columns,)]}
+    of_weight = one + by_row
     if form in _BLOCK:  # blocks of a row, in tiles of 128 rows by 4 blocks that are filled up
-        found["weight_scale"] = [(-(-rows // 128) * 128, -(-columns // (4 * _BLOCK[form])) * 4)]
-    return found
+        of_weight = [(-(-rows // 128) * 128, -(-columns // (4 * _BLOCK[form])) * 4)]
+    return {"weight_scale": of_weight, "weight_scale_2": one, "input_scale": one, "pre_quant_scale": [(columns,)]}
 
 
 def _check_scales(layer: str, form: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo],

@@ -192,6 +192,12 @@ def test_config_that_contradicts_the_weights(tmp_path):
     save_file(model.state_dict(), path, metadata={"config": json.dumps({**config, "attention_head_dim": 8})})
     with pytest.raises(SpecError, match=r"weights have another shape than its config\.json says"):
         find_model(path)
+    tiny_text_encoder().save_pretrained(tmp_path / "text")
+    file = tmp_path / "text" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "d_ff": 96}))
+    with pytest.raises(SpecError, match=rf"config\.json says d_ff 96, the weights {config['d_ff']}\."):
+        find_text_encoder(tmp_path / "text")
 
 
 def test_half_a_shard_set(tmp_path):

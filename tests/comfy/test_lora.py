@@ -8,7 +8,9 @@ import re
 import pytest
 import torch
 from cogx.model_loaders import load
-from cogx.model_loaders.lora import load_lora
+from cogx.model_loaders.lora import LoraFile, _patches, load_lora
+from cogx.model_loaders.lora_keys import Change
+from cogx.model_loaders.lora_scale import Scale
 from cogx.models.specs import SpecError
 from cogx.tests.comfy import lora_files
 from cogx.tests.comfy.graphs import latent_only, patched_model, text_to_video
@@ -115,6 +117,16 @@ def test_dora_in_other_layouts(model, error, tmp_path):
         values[f"{name}.to_out.0.dora_scale"] = magnitudes[f"{name}.to_out.0"]
     save_file(values, tmp_path / "x.safetensors")
     check_merge(load_lora(model, tmp_path / "x.safetensors", 1.0)[0], trained, error)
+
+
+@pytest.mark.parametrize("shape, expected", [((1, 6), slice(None)), ((12, 1), slice(4, 8)), ((12,), slice(4, 8))])
+def test_magnitudes_of_a_fused_projection(shape, expected):
+    """Of rows each part has its own, those of the columns are the same for all three."""
+    tensors = {"up": torch.ones(12, 2), "down": torch.ones(2, 6), "magnitude": torch.arange(float(max(shape)))}
+    tensors["magnitude"] = tensors["magnitude"].reshape(shape)
+    change = Change("layer", {name: name for name in tensors}, third=1)
+    patch, = _patches(change, LoraFile("x", tensors, {}), Scale(1.0, ""), torch.Size((4, 6))).values()
+    assert torch.equal(patch.weights[1].flatten(), torch.arange(float(max(shape)))[expected])
 
 
 def test_dora_is_streamed_whole(model, tmp_path):

@@ -19,6 +19,7 @@ from cogx.model_loaders.text_encoder import _network_class
 from cogx.models.cogvideox.base_model import CogVideoXConfig, forward_memory
 from cogx.models.cogvideox.vae_plan import Plan
 from cogx.models.specs import PUBLISHED, Geometry, TextSpec
+from cogx.tests.comfy.quantized import DEMO, chosen, demo_tensors
 from cogx.tests.comfy_server import ComfyServer, PromptError
 
 GB = 1e9
@@ -226,3 +227,15 @@ def test_refused_for_the_connected_model(server: ComfyServer) -> None:
               "inputs": {"pipeline": "1.5-5B", "weight_dtype": "auto", "quantization": "none"}}
     with pytest.raises(PromptError, match=r"25 frames: CogVideoX 1\.5 needs 16N.1"):
         server.run({**graph(width=96, height=64, length=25, model=["2", 0]), "2": loader})
+
+
+def test_quantized_networks_count_as_they_are_held() -> None:
+    pipelines = [load_pipeline(str(DEMO), "auto", how) for how in ("none", "fp8_scaled")]
+    plain, fp8 = (Run(model.model.spec, "auto", model, clip, vae) for model, clip, vae in pipelines)
+    for of_plain, of_fp8, patcher in ((plain.model, fp8.model, pipelines[1][0]),
+                                      (plain.text, fp8.text, pipelines[1][1].patcher)):
+        assert of_fp8.weights == patcher.model_size() < of_plain.weights
+        assert of_fp8.dtype == f"float8_e4m3fn and {of_plain.dtype}"
+    quantized = sum(value.numel() for key, value in demo_tensors().items() if chosen(key))
+    assert plain.model.weights - fp8.model.weights == pytest.approx(3 * quantized, rel=0.01)
+    assert "float8_e4m3fn and float32" in fp8.sampling(native("5B"), 1).words()

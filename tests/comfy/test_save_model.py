@@ -125,6 +125,10 @@ def test_what_the_file_says(tmp_path):
     assert metadata["cogx.variant"] == "5B" and json.loads(metadata["cogx.spec"])["transformer"]["num_layers"] == 8
     assert json.loads(note) == {"format": "float8_e4m3fn"}
     assert set(demo_tensors()) <= keys
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    for key, entry in json.loads(path.read_bytes()[8:8 + length]).items():
+        width = {"F32": 4, "BF16": 2}.get(entry.get("dtype"), 1)
+        assert key == "__metadata__" or (8 + length + entry["data_offsets"][0]) % width == 0, f"{key} is misaligned"
     with pytest.raises(SpecError, match=r"variant 2B: .* says 5B\. Set variant to auto"):
         load.find_model(path, "2B")
 

@@ -23,6 +23,7 @@ from cogx.nodes.load import LoadModel, LoadPipeline, LoadVAE
 from cogx.scripts.tiny_pipeline import VARIANTS, tiny_transformer
 from cogx.tests.layout_writers import core_transformer, sat_transformer, sat_vae, sat_with_lora
 from cogx.tests.numeric.test_transformer import inputs, run_reference
+from cogx.tests.quantized_writers import plain_fp8
 from safetensors.torch import save_file
 
 # A lone file does not say the native size, which rotary positions stretch over and a learned table is made for: it is
@@ -243,7 +244,7 @@ def test_a_2b_that_takes_an_image(models, error):
 
 def test_a_lora_in_the_authors_checkpoint(models, error):
     """As their trainer saves it: merged, W + B A / r, it is what the trained model computes."""
-    reference = tiny_transformer("5B")
+    reference = tiny_transformer("5B", **SIZE)
     weights, merged = sat_with_lora(reference, rank=4)
     given = inputs(reference, (5, 8, 12))
     before = run_reference(reference, *given)
@@ -255,6 +256,11 @@ def test_a_lora_in_the_authors_checkpoint(models, error):
     model = LoadModel.execute(models.shown_name("diffusion_models", path), "fp32", "none").result[0]
     assert error(forward(model, given), wanted) <= 1e-6
     assert "; the LoRA of rank 4 in it merged at 1/rank, as SAT trains it (alpha 1);" in models.shown[-1]
+    fp8 = plain_fp8(models.name("diffusion_models", ".safetensors"), weights,
+                    lambda key: key.endswith((".dense.original.weight", ".query_key_value.original.weight")))
+    assert not find_model(fp8).layers, "with a LoRA merged they are no longer fp8"
+    model = LoadModel.execute(models.shown_name("diffusion_models", fp8), "fp32", "none").result[0]
+    assert 1e-4 < error(forward(model, given), wanted) <= 0.06
     half = {key: value for key, value in weights.items() if not key.endswith("matrix_A.1")}
     torch.save({"module": half}, path)
     with pytest.raises(SpecError, match=r"query_key_value: expected the LoRA in this checkpoint to fit.*matrix_A \[\]"):

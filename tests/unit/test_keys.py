@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 import torch
+from cogx.model_loaders import torch_files
 from cogx.model_loaders.detect import configs_in_metadata
 from cogx.model_loaders.families import family_of, not_this
 from cogx.model_loaders.files import component_folder, kind_of, weight_set
@@ -54,6 +55,15 @@ def test_any_prefix(prefix, keys, layout):
     assert "transformer_blocks.0.norm1.linear.weight" in found.parts
 
 
+def test_of_two_copies_the_outer_one_is_taken():
+    """Such as a training checkpoint with an average of its weights beside them."""
+    shapes = {f"{prefix}{name}": (1, 1) for prefix in ("ema.model.", "model.") for name in (
+        "patch_embed.text_proj.weight", "proj_out.weight")}
+    for given in (shapes, dict(reversed(shapes.items()))):
+        found = find_component("transformer", given)
+        assert found.prefix == "model." and found.parts["proj_out.weight"].key == "model.proj_out.weight"
+
+
 def test_rows_that_do_not_divide():
     with pytest.raises(SpecError, match=r"query_key_value\.bias: expected a weight whose rows divide by 3, got shape"):
         find_component("transformer", {"mixins.patch_embed.text_proj.weight": (1, 1),
@@ -71,6 +81,7 @@ def test_rows_that_do_not_divide():
     ("CogView3-Plus", ["patch_embed.text_proj.weight", "time_condition_embed.timestep_embedder.linear_1.weight"]),
     ("the UMT5 text encoder of Wan", ["encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"]),
     ("a LoRA", ["transformer_blocks.0.attn1.to_q.lora_A.weight"]),
+    ("a LoRA", [f"transformer.layers.0.attention.dense.matrix_{letter}.0" for letter in "AB"]),  # SAT's
     ("the CogVideoX VAE", ["decoder.mid_block.resnets.0.norm1.conv_y.conv.weight"]),
     ("the CogVideoX VAE", ["decoder.mid.block_1.norm1.conv_y.conv.weight"]),
 ])
@@ -149,10 +160,17 @@ def test_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch, payload)
     assert not (tmp_path / "executed").exists()
 
 
-def test_torch_files_that_are_none(tmp_path):
+def test_torch_files_that_are_none(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
     torch.save({"module": {"a": torch.zeros(1000)}, "step": 3}, path)
     assert list(read_torch(path)) == ["a"]
+    torch.save({"model": {"state_dict": {"b": torch.zeros(1)}}, "lr": torch.zeros(1)}, path)
+    assert list(read_torch(path)) == ["b"]
+    torch.save({"module": {"a": torch.zeros(1000)}, "step": 3}, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_files, "_MAX_PICKLE", 10)
+        with pytest.raises(SpecError, match=r"its description of the tensors is larger than any model's"):
+            read_torch(path)
     data = path.read_bytes()
     path.write_bytes(data[:len(data) // 2])
     with pytest.raises(SpecError, match="is truncated or damaged"):

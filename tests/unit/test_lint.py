@@ -15,7 +15,7 @@ TYPED = ["models.specs", "models.noise_schedule", "models.cogvideox.positions", 
          "model_loaders.published", "model_loaders.lora_keys", "model_loaders.lora_scale", "model_loaders.gguf_blocks",
          "model_loaders.gguf_files", "model_loaders.quantized_files", "model_loaders.saved_spec", "model_loaders.keys",
          "model_loaders.families", "model_loaders.latent_files", "model_loaders.recovery_settings",
-         "model_loaders.memory_plan", "models.smaller",
+         "model_loaders.memory_plan", "model_loaders.sources", "models.smaller",
          "samplers.schedules", "samplers.guidance", "samplers.inversion", "samplers.windows", "nodes.validation"]
 
 

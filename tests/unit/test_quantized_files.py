@@ -118,3 +118,12 @@ def test_scales_of_rows_are_columns(tmp_path):
     _, tensors, layers, _ = describe([path])
     weight = gather(load_file(path), layers, tensors)["a.weight"]
     assert weight.companions["weight_scale"].shape == (6, 1)
+
+
+@pytest.mark.parametrize("value, kept", [(0.25, True), (1.0, False)])
+def test_a_calibrated_scale_is_kept(tmp_path, value, kept):
+    path = tmp_path / "x.safetensors"
+    save_file({"a.weight": torch.ones(6, 6).to(torch.float8_e4m3fn), "a.scale_weight": torch.ones(1),
+               "a.scale_input": torch.full((1,), value)}, path)
+    _, tensors, layers, _ = describe([path])
+    assert ("input_scale" in gather(load_file(path), layers, tensors)["a.weight"].companions) == kept
