@@ -16,7 +16,7 @@ from .prompts import mix
 INDEPENDENT, FREENOISE, REPEATED = NOISES = ("independent", "freenoise", "repeated")
 WINDOW, GLOBAL = POSITIONS = ("window", "global")
 UNIFORM, LOOPED, COARSE = "uniform", "looped", "coarse"
-COARSE_TIMESTEP = 500  # of 1000: from here up 'coarse' lays the video out
+COARSE_TIMESTEP = 400  # of 1000: from here up 'coarse' lays the video out
 
 
 def halving(step: int) -> float:

@@ -131,13 +131,13 @@ def evaluate(generate: Callable[[Case], np.ndarray], cases: Sequence[Case], shuf
 
 def held_out_cases() -> list[Case]:
     """The 48 held-out scenes, each with one of its sentences."""
-    return _cases(clips.held_out_scenes(), seed=2)
+    return cases_of(clips.held_out_scenes(), seed=2)
 
 
 def training_cases() -> list[Case]:
     """As many scenes of kinds that were trained, for comparison."""
     rng = np.random.default_rng(3)
-    return _cases([replace(clips.training_scene(rng), speed="normal") for _ in range(48)], seed=3)
+    return cases_of([replace(clips.training_scene(rng), speed="normal") for _ in range(48)], seed=3)
 
 
 def image_cases() -> list[Case]:
@@ -145,9 +145,10 @@ def image_cases() -> list[Case]:
     give nothing away. (For a bounce of the trained height some have too little: it must be a lower one.)"""
     rng = np.random.default_rng(4)
     scenes = [replace(scene, speed="slow") for scene in clips.held_out_scenes()]
-    return [replace(case, image=clips.first_frame(case.scene, rng)) for case in _cases(scenes, seed=4)]
+    return [replace(case, image=clips.first_frame(case.scene, rng)) for case in cases_of(scenes, seed=4)]
 
 
-def _cases(scenes: Sequence[Scene], seed: int) -> list[Case]:
+def cases_of(scenes: Sequence[Scene], seed: int) -> list[Case]:
+    """Of scenes, each with one of its sentences."""
     rng = np.random.default_rng(seed)
     return [Case(scene, clips.describe(scene, rng), seed=1000 * seed + index) for index, scene in enumerate(scenes)]

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cogx.scripts.demo_model import clips, evaluate_long
-from cogx.scripts.demo_model.evaluate_long import LONG_FRAMES, judge, of_seconds, seam, similarity
+from cogx.scripts.demo_model import clips
+from cogx.scripts.demo_model.evaluate_long import LONG_FRAMES, judge, long_cases, of_seconds, seam, similarity
 
 SPEED = 4.0  # pixels in a second: 32 in the whole video
 
@@ -19,7 +19,7 @@ def track_of(motion: str, frames: int = LONG_FRAMES) -> np.ndarray:
         path = np.stack([0 * time, 13 - 26 * np.abs(np.sin(np.pi * time / 4))], 1)
     else:
         path = np.outer(time - time[-1] / 2, clips.DIRECTIONS.get(motion, (0, 0))) * SPEED
-    return path + (clips.WIDTH / 2, clips.HEIGHT / 2)
+    return path + np.array([clips.WIDTH / 2, clips.HEIGHT / 2])
 
 
 def video_of(track: np.ndarray, colours: np.ndarray | None = None, shape: str = "circle") -> np.ndarray:
@@ -31,6 +31,11 @@ def video_of(track: np.ndarray, colours: np.ndarray | None = None, shape: str = 
 
 def scene(motion: str, colour: str = "red") -> clips.Scene:
     return clips.Scene("circle", colour, motion, "grey", "slow")
+
+
+def test_every_held_out_combination_is_a_case():
+    triples = {(case.scene.shape, case.scene.colour, case.scene.motion) for case in long_cases()}
+    assert triples == clips.HELD_OUT and len(long_cases()) == 24
 
 
 @pytest.mark.parametrize("motion", clips.MOTIONS)
