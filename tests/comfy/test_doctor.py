@@ -154,6 +154,7 @@ def test_other_layouts_and_quantized_files(tmp_path):
                         (gguf, "parameters, GGUF Q8_0, 0.")):
         assert identify(path).kind.word == "transformer" and words in identify(path).what
         assert not doctor.is_other_model(path) and examine(path).problems == 0
+    assert [identify(path).weights for path in (core, gguf)] == [path.stat().st_size for path in (core, gguf)]
     llama = writers.write_gguf(tmp_path / "4.gguf", {"blk.0.attn_q.weight": torch.zeros(32, 32)}, lambda key: True,
                                architecture="llama")
     save_file({"model.layers.0.mlp.up_proj.SCB": torch.zeros(2)}, tmp_path / "5.safetensors")  # by bitsandbytes
@@ -166,6 +167,7 @@ def test_the_survey_counts_what_is_not_ours(tiny_pipelines, tmp_path, monkeypatc
     shutil.copy(weights_of(tiny_pipelines / "5B" / "text_encoder"), files["text_encoders"])
     (tmp_path / doctor.UNFINISHED / "CogVideoX-5b").mkdir(parents=True)
     shutil.copytree(tiny_pipelines / "2B", tmp_path / "2B")
+    (tmp_path / "2B" / doctor.UNFINISHED / "CogVideoX-2b").mkdir(parents=True)  # as in a folder on another disk
     folders = doctor.folders
     monkeypatch.setattr(folders, "pipeline_roots", lambda: [tmp_path])
     monkeypatch.setattr(folders.folder_paths, "get_filename_list",
@@ -175,7 +177,7 @@ def test_the_survey_counts_what_is_not_ours(tiny_pipelines, tmp_path, monkeypatc
     assert [report.lines[0] for report in reports[:-1]] == [
         str(tmp_path / "2B"), str(folders.EMBEDDED), str(files["text_encoders"])]
     assert reports[-1].lines[0].startswith("3 CogVideoX models and parts; 1 files of other models")
-    assert "['CogVideoX-5b']. Download them again" in reports[-1].lines[1]
+    assert "['CogVideoX-2b', 'CogVideoX-5b']. Download them again" in reports[-1].lines[1]
 
 
 def test_the_loaders_say_what_a_wrong_file_is(tiny_pipelines, tmp_path, monkeypatch):
