@@ -23,8 +23,8 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..models.cogvideox.vae_plan import decoded_frames
-from ..models.specs import SpecError, VAESpec
+from ..models.cogvideox.vae_plan import decoded_frames, lead_of_loop
+from ..models.specs import VAE_TEMPORAL_RATIO, SpecError, VAESpec
 from .recovery import NO_ROOM
 
 GB = 1e9
@@ -116,21 +116,56 @@ def _smaller(decoded: torch.dtype, wanted: torch.dtype) -> torch.dtype:
 
 
 @dataclass
+class _Later:
+    """Frames without the first ``skip``."""
+
+    frames: Frames
+    skip: int
+
+    def write(self, pixels: Tensor) -> None:
+        skipped = min(self.skip, pixels.shape[2])
+        self.skip -= skipped
+        if skipped < pixels.shape[2]:
+            self.frames.write(pixels[:, :, skipped:])
+
+    def close(self) -> None:
+        self.frames.close()
+
+
+@dataclass
 class Decoding:
     """Videos to decode, ``samples`` [B, 16, T, h, w], and ``new``, which makes where the frames of one go from their
-    shape. Those that are ``done`` are not made again, whatever happens to the others."""
+    shape. The first ``lead`` latent frames are there for the sake of the others only, and give no frames. Videos that
+    are ``done`` are not made again, whatever happens to the others."""
 
     samples: Tensor
     spec: VAESpec
     new: Callable[[tuple[int, ...]], Frames]
+    lead: int = 0
     done: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, samples: Tensor, spec: VAESpec, new: Callable[[tuple[int, ...]], Frames],
+           closed_loop: bool) -> Decoding:
+        """closed_loop: the first latent frame follows the last. The decoder looks back only, so the end is put in
+        front of the beginning."""
+        if not closed_loop:
+            return cls(samples, spec, new)
+        total = samples.shape[2]
+        lead = lead_of_loop(total)
+        return cls(samples[:, :, [i % total for i in range(-lead, total)]], spec, new, lead)
 
     @property
     def frames_shape(self) -> tuple[int, ...]:
         """Of one video: [T, H, W, 3]."""
         frames, rows, columns = self.samples.shape[2:]
         ratio = self.spec.spatial_ratio
-        return decoded_frames(frames), rows * ratio, columns * ratio, self.spec.out_channels
+        frames = decoded_frames(frames) - self._dropped
+        return frames, rows * ratio, columns * ratio, self.spec.out_channels
+
+    @property
+    def _dropped(self) -> int:
+        return VAE_TEMPORAL_RATIO * self.lead
 
     def not_done(self) -> tuple[Tensor, ...]:
         return self.samples[len(self.done):].split(1)
@@ -140,7 +175,7 @@ class Decoding:
         """Where the frames of the next video go, which is done when the block ends well."""
         video = self.new(self.frames_shape)
         try:
-            yield video
+            yield _Later(video, self._dropped)
         except BaseException:
             video.close()
             raise

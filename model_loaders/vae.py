@@ -119,7 +119,7 @@ class CogVideoXVAE(comfy.sd.VAE):
     @naming_saved_latent
     @_on_own_device
     def decode_video(self, samples: Tensor, tiling: str = "auto", tile: tuple[int, int] = DEFAULT_TILE,
-                     overlap: int = DEFAULT_OVERLAP) -> Tensor:
+                     overlap: int = DEFAULT_OVERLAP, closed_loop: bool = False) -> Tensor:
         """Frames of a latent.
 
         Args:
@@ -127,37 +127,41 @@ class CogVideoXVAE(comfy.sd.VAE):
             tiling: 'auto' is exact, in strips that fit the free memory, and goes on by itself if they do not after
                 all (vae_ladder.py); 'off' never splits; 'on' takes spatial tiles, which are lossy.
             tile: rows and columns of a tile in pixels. overlap: in pixels.
+            closed_loop: the first frame follows the last; every latent frame then gives four.
         Returns [B, frames, H, W, 3] in 0..1, on the output device.
 
         Raises:
             SpecError: a latent of another model, or a tile that does not exceed its overlap.
             OOM_EXCEPTION: nothing was enough; says what was tried.
         """
-        videos = [video.frames for video in self._decode(samples, TensorFrames, tiling, tile, overlap)]
+        videos = [video.frames for video in self._decode(samples, TensorFrames, tiling, tile, overlap,
+                                                             closed_loop)]
         return torch.cat(videos) if len(videos) > 1 else videos[0]
 
     @naming_saved_latent
     @_on_own_device
     def decode_to_files(self, samples: Tensor, folder: Path, tiling: str = "auto",
-                        tile: tuple[int, int] = DEFAULT_TILE, overlap: int = DEFAULT_OVERLAP) -> list[FileFrames]:
+                        tile: tuple[int, int] = DEFAULT_TILE, overlap: int = DEFAULT_OVERLAP,
+                        closed_loop: bool = False) -> list[FileFrames]:
         """As ``decode_video``, but each video goes to a temporary file in ``folder``, chunk by chunk.
 
         Raises:
             SpecError, OOM_EXCEPTION: as ``decode_video``, or the disk has no room, which is looked for first.
         """
         self._check_latent(samples)
-        shape = Decoding(samples, self.spec, TensorFrames).frames_shape
+        shape = Decoding.of(samples, self.spec, TensorFrames, closed_loop).frames_shape
         check_room(folder, samples.shape[0] * math.prod(shape) * self.vae_dtype.itemsize)
-        return self._decode(samples, partial(FileFrames, folder=folder), tiling, tile, overlap)
+        return self._decode(samples, partial(FileFrames, folder=folder), tiling, tile, overlap, closed_loop)
 
     def _decode(self, samples: Tensor, new: Callable[..., Frames], tiling: str, tile: tuple[int, int],
-                overlap: int) -> list[Any]:
+                overlap: int, closed_loop: bool) -> list[Any]:
         self._check_latent(samples)
         ratio = self.spec.spatial_ratio
         cells, overlap = (tile[0] // ratio, tile[1] // ratio), overlap // ratio
         self._check_tile(cells, overlap)
         to_image = Format(self.vae_output_dtype(), self.output_device, self.process_output)
-        job = Decoding(samples, self.spec, partial(new, to_image))
+        job = Decoding.of(samples, self.spec, partial(new, to_image), closed_loop)
+        samples = job.samples
         frames, height, width, _ = job.frames_shape
         on_cpu = cpu_plan(self.spec, decoded_frames(_first(samples)))
         work = Work(f"decoding {frames} frames of {width}x{height}", partial(self.decode_memory, samples.shape), on_cpu,
@@ -267,16 +271,17 @@ class CogVideoXVAE(comfy.sd.VAE):
         return torch.cat(done)
 
     def _to_video(self, pixels: Tensor) -> Tensor:
-        """Crop to whole latent cells: [..., H, W, C] -> [B, 3, T, H, W] in -1..1."""
+        """Crop to whole latent cells: [..., H, W, C] -> [B, 3, T, H, W], in 0..1. A view: videos are long."""
         videos = pixels.shape[:-3] if pixels.ndim == 5 else (1, pixels.shape[0])
         pixels = self.vae_encode_crop_pixels(pixels.reshape(-1, *pixels.shape[-3:]))  # it would crop the frames too
         pixels = pixels.reshape(*videos, *pixels.shape[-3:])
-        return self.process_input(pixels.permute(0, 4, 1, 2, 3))  # bthwc -> bcthw
+        return pixels.permute(0, 4, 1, 2, 3)  # bthwc -> bcthw
 
     def _encode_one(self, x: Tensor, plan: Plan, device: torch.device, progress: Any) -> Tensor:
         parts = []
-        with HostMemory() as host, closing(self.first_stage_model.encode_chunks(
-                x, plan, host.make, _stop_if_interrupted, device, self._dtype_on(device))) as chunks:
+        encode, dtype = self.first_stage_model.encode_chunks, self._dtype_on(device)
+        with HostMemory() as host, closing(encode(x, plan, host.make, _stop_if_interrupted, device, dtype,
+                                                  self.process_input)) as chunks:
             for moments in chunks:
                 parts.append(moments.to(device=self.output_device, dtype=self.vae_output_dtype()))
                 progress.update(1)

@@ -31,6 +31,12 @@ def decode_inputs() -> list[io.Input]:
     ]
 
 
+def _closed_loop_input() -> io.Input:
+    return io.Boolean.Input("closed_loop", default=False, optional=True, tooltip="For a latent that was sampled as a "
+                            "loop: its first frame follows its last, so each latent frame gives four frames, and "
+                            "there is no jump from the end to the beginning.")
+
+
 def check_tiles(tile_width: int | None, tile_height: int | None, tile_overlap: int | None) -> None:
     """Raises SpecError if they cannot be used; None is an input that is connected."""
     for name, value in {"tile_width": tile_width, "tile_height": tile_height}.items():
@@ -58,7 +64,7 @@ class Decode(io.ComfyNode):
             category="CogVideoX/latent",
             description="Turns a sampled latent into frames, exactly as the reference does unless tiles are used.",
             search_aliases=["VAE decode CogVideoX", "CogVideo decode", "decode tiled CogVideoX"],
-            inputs=decode_inputs(),
+            inputs=[*decode_inputs(), _closed_loop_input()],
             outputs=[io.Image.Output()],
         )
 
@@ -69,10 +75,11 @@ class Decode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: dict, vae: io.Vae.Type, tiling: str, tile_width: int, tile_height: int,
-                tile_overlap: int) -> io.NodeOutput:
+                tile_overlap: int, closed_loop: bool = False) -> io.NodeOutput:
         from ..model_loaders.vae import require_cogvideox
 
-        video = require_cogvideox(vae).decode_video(samples["samples"], tiling, (tile_height, tile_width), tile_overlap)
+        video = require_cogvideox(vae).decode_video(samples["samples"], tiling, (tile_height, tile_width), tile_overlap,
+                                                    closed_loop)
         return io.NodeOutput(video.flatten(0, 1))  # batch and frames, as every IMAGE
 
 
@@ -94,6 +101,7 @@ class DecodeVideo(io.ComfyNode):
                 io.Audio.Input("audio", optional=True, tooltip="The audio to add to the video."),
                 io.Model.Input("model", optional=True, tooltip="The model that sampled, for its frames per second. "
                                "Used with fps 0 only."),
+                _closed_loop_input(),
             ],
             outputs=[io.Video.Output(is_output_list=True, tooltip="A video for each of the batch.")],
         )
@@ -110,7 +118,8 @@ class DecodeVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: dict, vae: io.Vae.Type, tiling: str, tile_width: int, tile_height: int,
-                tile_overlap: int, fps: float, audio: Any = None, model: Any = None) -> io.NodeOutput:
+                tile_overlap: int, fps: float, audio: Any = None, model: Any = None,
+                closed_loop: bool = False) -> io.NodeOutput:
         from ..model_loaders.vae import require_cogvideox
         from ..model_loaders.video import decode_to_videos
         from ..samplers.adapter import spec_of
@@ -118,4 +127,4 @@ class DecodeVideo(io.ComfyNode):
         _check_fps(fps, model is not None)  # what comes through a link is validated by nobody
         rate = Fraction(fps or spec_of(model).fps)
         return io.NodeOutput(decode_to_videos(require_cogvideox(vae), samples["samples"], rate, audio, tiling,
-                                              (tile_height, tile_width), tile_overlap))
+                                              (tile_height, tile_width), tile_overlap, closed_loop))

@@ -25,6 +25,7 @@ STRIPS_AHEAD = 2
 Rows = tuple[int, int]
 MakeHost = Callable[[tuple[int, ...], torch.dtype], Tensor]
 Checkpoint = Callable[[], None]
+Prepare = Callable[[Tensor], Tensor]
 
 
 @functools.cache
@@ -140,6 +141,10 @@ def nothing() -> None:
     pass
 
 
+def as_it_is(chunk: Tensor) -> Tensor:
+    return chunk
+
+
 @dataclass
 class Run:
     """One video on its way through the network: the plan, and what its passes share.
@@ -170,12 +175,12 @@ class Run:
     def groups(self) -> int:
         return self.spec.norm_num_groups
 
-    def chunks(self, video: Tensor, bounds: list[Rows]) -> Iterator[Tensor]:
-        """The chunks of a video, each moved to the device in its turn."""
+    def chunks(self, video: Tensor, bounds: list[Rows], prepare: Prepare = as_it_is) -> Iterator[Tensor]:
+        """The chunks of a video, each prepared and moved to the device in its turn."""
         try:
             for start, end in bounds:
                 self.last = end == bounds[-1][1]
-                yield video[:, :, start:end].to(device=self.device, dtype=self.dtype)
+                yield prepare(video[:, :, start:end]).to(device=self.device, dtype=self.dtype)
         finally:
             self.link.finish()
 

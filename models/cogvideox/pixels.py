@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,7 +32,10 @@ def fitted(images: Tensor, width: int, height: int, fit: str) -> Tensor:
     """
     if images.shape[1:3] == (height, width):
         return images
-    return torch.cat([_fit_one(image, width, height, fit) for image in images.split(1)])  # a video may be large
+    out = images.new_empty(images.shape[0], height, width, images.shape[3])
+    for i, image in enumerate(images.split(1)):  # a video may be large
+        out[i:i + 1] = _fit_one(image, width, height, fit)
+    return out
 
 
 def _fit_one(image: Tensor, width: int, height: int, fit: str) -> Tensor:

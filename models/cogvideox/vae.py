@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..specs import VAESpec
 from . import strips
-from .fields import Arena, Checkpoint, Field, MakeHost, Room, Run, Size, in_ram, nothing, room_beside
+from .fields import Arena, Checkpoint, Field, MakeHost, Prepare, Room, Run, Size, as_it_is, in_ram, nothing, room_beside
 from .strips import Norm, Statistics
 from .vae_plan import HOST, LATENT_CHUNK, PIXEL_CHUNK, UNSPLIT, Plan, chunk_bounds, grown_frames, shrunk_frames
 
@@ -228,14 +228,14 @@ class CogVideoXVAENetwork(nn.Module):
     @torch.no_grad()
     def encode_chunks(self, x: Tensor, plan: Plan = UNSPLIT, make_host: MakeHost = in_ram,
                       checkpoint: Checkpoint = nothing, device: Any = None,
-                      dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+                      dtype: torch.dtype | None = None, prepare: Prepare = as_it_is) -> Iterator[Tensor]:
         """Yields the moments (mean and log variance) of each chunk. x: [1, 3, T, H, W] -> [1, 32, t, H/8, W/8].
 
-        Only the chunk at work is moved to ``device`` and ``dtype``.
+        Only the chunk at work goes through ``prepare``, and is moved to ``device`` and ``dtype``.
         """
         run = Run(plan, torch.device(device or x.device), dtype or x.dtype, x.shape[4], self.spec, make_host,
                   checkpoint)
-        for chunk in run.chunks(x, chunk_bounds(x.shape[2], PIXEL_CHUNK)):
+        for chunk in run.chunks(x, chunk_bounds(x.shape[2], PIXEL_CHUNK), prepare):
             moments = self.encoder(run, chunk[0])[None]
             yield strips.pointwise(run, self.quant_conv, moments) if self.spec.use_quant_conv else moments
 
