@@ -16,7 +16,8 @@ TYPED = ["models.specs", "models.noise_schedule", "models.cogvideox.positions", 
          "model_loaders.gguf_files", "model_loaders.quantized_files", "model_loaders.saved_spec", "model_loaders.keys",
          "model_loaders.families", "model_loaders.latent_files", "model_loaders.recovery_settings",
          "model_loaders.memory_plan", "model_loaders.sources", "models.smaller",
-         "samplers.schedules", "samplers.guidance", "samplers.inversion", "samplers.windows", "nodes.validation"]
+         "samplers.schedules", "samplers.guidance", "samplers.inversion", "samplers.windows",
+         "samplers.colour", "samplers.extend", "samplers.prompts", "samplers.plan", "nodes.validation"]
 
 
 def run(cwd: Path, *command: str) -> str:
