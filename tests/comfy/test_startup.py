@@ -52,7 +52,7 @@ def test_import_is_quick_and_light():
 def test_nodes_register_without_the_dependencies():
     """With every package of requirements.txt that ComfyUI does not bring itself missing, the nodes are all there."""
     block = "sys.modules.update({name: None for name in ('diffusers', 'accelerate', 'gguf')})"
-    assert "NODES 22" in run(block)
+    assert "NODES 25" in run(block)
 
 
 def test_server_log_agrees(server):

@@ -8,7 +8,8 @@ from cogx.tests.comfy.graphs import image_to_video, text_to_video, video_to_vide
 NODES = ["CogXLoadPipeline", "CogXLoadModel", "CogXLoadTextEncoder", "CogXLoadVAE", "CogXTextEncode", "CogXEmptyLatent",
          "CogXSampler", "CogXSamplerSelect", "CogXScheduler", "CogXDynamicGuidance", "CogXDecode", "CogXImageToVideo",
          "CogXVideoToVideo", "CogXImageSize", "CogXInversion", "CogXLoadLatent", "CogXMemoryPlan", "CogXSaveModel",
-         "CogXLoadLora", "CogXDownload"]
+         "CogXLoadLora", "CogXDownload", "CogXContextWindows", "CogXRIFLEx", "CogXPromptSequence", "CogXDecodeVideo",
+         "CogXExtend"]
 
 
 @pytest.fixture(params=["newest", "oldest"])
