@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,9 @@ from cogx.tests.comfy_server import ComfyServer  # noqa: E402 - only now can it 
 COMFYUI = os.environ.get("COGX_COMFYUI")
 
 
+_output = tempfile.TemporaryDirectory(prefix="cogx-output-")  # what tests save is no part of that ComfyUI
+
+
 def _add_comfyui(tree: str) -> None:
     sys.path.insert(0, tree)
     import comfy.options
@@ -38,6 +42,10 @@ def _add_comfyui(tree: str) -> None:
     import torch
 
     comfy.cli_args.args.cpu = not torch.cuda.is_available()
+
+    import folder_paths
+
+    folder_paths.set_output_directory(_output.name)
 
 
 if COMFYUI:
