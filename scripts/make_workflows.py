@@ -48,7 +48,8 @@ COLUMN_GAP, ROW_GAP = 60, 75  # Vue nodes are taller than the classic ones whose
 LEFT, TOP = 100, 130
 VIEW_WIDTH, VIEW_MARGIN = 1800, (90, 130)  # what a full HD window shows beside the sidebar and below the buttons
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY, THUMBNAIL_MARGIN = 512, 85, 40
-THUMBNAIL_CENTRE = ("CogXTextEncode", "CogXSampler", "CogXInversion")  # the whole graph would be too small to read
+# The whole graph would be too small to read.
+THUMBNAIL_CENTRE = ("CogXTextEncode", "CogXSampler", "CogXInversion", "CogXExtend")
 PANELS = 400  # room around the graph for the front end's panels, which the thumbnail leaves out
 
 
@@ -67,17 +68,17 @@ class Column:
 COLUMNS = (
     Column(300, ("CogXLoadPipeline", "CogXLoadModel", "CogXLoadTextEncoder", "CogXLoadVAE", "LoadImage", "LoadVideo",
                  "MarkdownNote")),
-    Column(400, ("CogXTextEncode", "CogXEmptyLatent", "GetVideoComponents")),
+    Column(400, ("CogXPromptSequence", "CogXTextEncode", "CogXEmptyLatent", "GetVideoComponents", "ImageScale")),
     Column(310, ("CogXImageSize", "CogXImageToVideo", "CogXVideoToVideo")),
-    Column(310, ("CogXInversion", "CogXSamplerSelect", "CogXScheduler")),
-    Column(310, ("CogXSampler", "CFGGuider", "SamplerCustomAdvanced")),
-    Column(260, ("CogXDecode",)),
+    Column(310, ("CogXInversion", "CogXSamplerSelect", "CogXScheduler", "CogXContextWindows")),
+    Column(310, ("CogXSampler", "CFGGuider", "SamplerCustomAdvanced", "CogXExtend")),
+    Column(260, ("CogXDecode", "CogXDecodeVideo")),
     Column(230, ("CreateVideo",)),
     Column(360, ("SaveVideo",)),
 )
 # Room for text, the token count and the video; older front ends draw Vue nodes a third taller than classic ones.
-LEAST_HEIGHT = {"CogXLoadPipeline": 180, "CogXTextEncode": 240, "LoadImage": 330, "LoadVideo": 330,
-                "CogXImageToVideo": 460, "SaveVideo": 420, "MarkdownNote": 220}
+LEAST_HEIGHT = {"CogXLoadPipeline": 180, "CogXTextEncode": 240, "CogXPromptSequence": 240, "CogXContextWindows": 420,
+                "LoadImage": 330, "LoadVideo": 330, "CogXImageToVideo": 460, "SaveVideo": 420, "MarkdownNote": 220}
 
 MODEL_NOTE = """\
 Download the whole folder [zai-org/{name}](https://huggingface.co/zai-org/{name}) to \
@@ -96,6 +97,14 @@ MORE_NOTE = {
     "video_to_video": "denoise in the sampler says how much changes. " + EXAMPLES,
     "inversion": "features in CogVideoX Inversion keeps more of the video, for more time and memory. Inversion and "
                  "CogVideoX Scheduler have the same steps. " + EXAMPLES,
+    "long_text_to_video": "193 frames, four times what the model was trained on, in windows of 49: CogVideoX Context "
+                          "Windows shows them. Ask for more motion than for a short video.",
+    "long_image_to_video": "193 frames in windows of 49, each of which sees the image. " + EXAMPLES,
+    "looping_video": "The last frame meets the first: schedule looped in CogVideoX Context Windows and closed_loop in "
+                     "CogVideoX Decode to Video go together. Length may be longer: 8N+1.",
+    "extend_video": "Two chunks of 81 frames go on from the last 17 of the video, which should have 16 frames per "
+                    "second. A prompt for each chunk, one on each line. Queued again after an interruption, it goes on "
+                    "from the last finished chunk. " + EXAMPLES,
 }
 
 LOAD_API = "([prompt, name]) => app.loadApiJson(prompt, name)"
