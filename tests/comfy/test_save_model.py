@@ -209,6 +209,9 @@ def test_the_saver_offers_what_there_is():
     from cogx.nodes import save as nodes
 
     assert [save.AS_LOADED, "none", *quantization.FORMATS] == nodes.CHOICES
+    assert nodes.SaveModel.validate_inputs(quantization="as_loaded") is True
+    problem = nodes.SaveModel.validate_inputs(quantization="nvfp4")
+    assert "quantization nvfp4: expected an NVIDIA card" in str(problem)
 
 
 def test_names_stay_below_the_output_folder(tmp_path, monkeypatch):
