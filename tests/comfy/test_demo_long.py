@@ -128,5 +128,7 @@ def test_the_anchor_keeps_the_given_object(similarities, record_property):
     assert kept.min() >= 0.9, kept.min(1)
 
 
-def test_without_the_anchor_the_object_is_lost(similarities):
-    assert similarities(False)[:, 4:].max() < 0.5
+def test_without_the_anchor_it_is_kept_in_no_video(similarities):
+    """The control: later windows see no image, which the model was never trained for."""
+    lost = similarities(False)
+    assert lost.min(1).max() < 0.9, lost.min(1)
