@@ -63,7 +63,7 @@ def conditionings(folder: Path, spec: ModelSpec, vae: Any, cases: Sequence[Case]
 
 def sampled(folder: Path, cases: Sequence[Case], frames: int, windows: dict[str, Any] | None) -> np.ndarray:
     """All cases in one batch, each from the noise of its seed: uint8 [N, F, H, W, 3]. In bf16, for half the time."""
-    model, vae = load.load_model(str(folder / "transformer"), "bf16"), load.load_vae(str(folder / "vae"))
+    model, vae = load.load_model(str(folder / "transformer"), "bf16"), load.load_vae(str(folder / "vae"), "bf16")
     spec = model.model.spec
     positive, negative = conditionings(folder, spec, vae, cases, frames)
     if windows is not None:
