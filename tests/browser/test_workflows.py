@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import av
 import pytest
+from cogx.models.specs import PUBLISHED
 from cogx.scripts.make_workflows import open_front_end
 from cogx.tests.comfy_server import ROOT, ComfyServer, Run
 
@@ -23,10 +24,20 @@ WORKFLOWS = ROOT / "workflows"
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 TINY = {"text_to_video": "5B", "text_to_video_1.5": "1.5-5B", "image_to_video": "5B-I2V",
         "image_to_video_1.5": "1.5-5B-I2V", "first_last_frame": "5B-I2V", "video_to_video": "5B",
-        "inversion": "5B"}
-STEPPED = {"CogXSampler", "CogXScheduler", "CogXInversion"}  # the nodes that hold the number of steps
-SIZED = {"CogXEmptyLatent", "CogXImageToVideo", "CogXVideoToVideo"}  # the nodes that hold the video's size
+        "inversion": "5B", "long_text_to_video": "5B", "long_image_to_video": "5B-I2V", "looping_video": "5B",
+        "extend_video": "1.5-5B-I2V"}
 WIDTH, HEIGHT, FRAMES, STEPS = 96, 64, 17, 4
+SIZE = {"width": WIDTH, "height": HEIGHT}
+SMALL: dict[str, dict[str, Any]] = {  # by the kind of a node, what makes its work small
+    "CogXEmptyLatent": {**SIZE, "length": FRAMES}, "CogXImageToVideo": {**SIZE, "length": FRAMES},
+    "CogXVideoToVideo": {**SIZE, "length": FRAMES}, "ImageScale": SIZE,
+    "CogXSampler": {"steps": STEPS}, "CogXScheduler": {"steps": STEPS}, "CogXInversion": {"steps": STEPS},
+    "CogXContextWindows": {"length": FRAMES, "overlap": 8},
+    "CogXExtend": {"steps": STEPS, "length": FRAMES, "overlap": 9},
+}
+LENGTHS = {"long_text_to_video": 33, "long_image_to_video": 33}  # more than a window
+# What else comes out: a loop of 5 latent frames; the example's 81 frames and 8 of each chunk.
+MADE = {**LENGTHS, "looping_video": 20, "extend_video": 97}
 THUMBNAIL_BYTES = 60_000
 
 # What the front end says in error overlays, dialogs and toasts; nodes that it does not know.
@@ -55,6 +66,13 @@ BOXES = """() => app.graph.nodes.map(node => {
     return {title: node.title, left: node.pos[0], right: node.pos[0] + node.size[0],
             top: node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, bottom: node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT + height};
 })"""
+
+# In the card of a template's heading: what has no other heading in it.
+PICTURE_IS_SHOWN = """heading => {
+    let card = heading;
+    while (card.parentElement.querySelectorAll(heading.tagName).length === 1) card = card.parentElement;
+    return [...card.querySelectorAll("img")].some(image => image.naturalWidth === 512);
+}"""
 
 OpenPage = Callable[[ComfyServer], "Page"]
 
@@ -127,16 +145,21 @@ def without_newer_defaults(prompt: dict[str, Any], twin: dict[str, Any], server:
     return kept
 
 
+def prompt_node(api: dict[str, Any]) -> str:
+    return next(node for node, content in api.items() if content["class_type"] in ("CogXTextEncode",
+                                                                                   "CogXPromptSequence"))
+
+
 def queue_from_page(page: Page, server: ComfyServer, name: str, text: str) -> Run:
     """Run the loaded workflow, made tiny, from within the page."""
     api = read(WORKFLOWS / "api" / f"{name}.json")
     node_of = {content["class_type"]: int(node) for node, content in reversed(api.items())}
-    latent, = (node for kind, node in node_of.items() if kind in SIZED)
+    small = [[node, widget, value] for kind, node in node_of.items() for widget, value in SMALL.get(kind, {}).items()]
+    if name in LENGTHS:
+        small += [[node, "length", LENGTHS[name]] for kind, node in node_of.items()
+                  if kind in ("CogXEmptyLatent", "CogXImageToVideo")]
     page.evaluate(SET_WIDGETS, [
-        [node_of["CogXLoadPipeline"], "pipeline", TINY[name]], [node_of["CogXTextEncode"], "text", text],
-        [latent, "width", WIDTH], [latent, "height", HEIGHT], [latent, "length", FRAMES],
-        *([node, "steps", STEPS] for kind, node in node_of.items() if kind in STEPPED),
-    ])
+        [node_of["CogXLoadPipeline"], "pipeline", TINY[name]], [int(prompt_node(api)), "text", text], *small])
     with page.expect_response("**/api/prompt") as response:
         page.evaluate("app.queuePrompt(0, 1)")
     answer = response.value.json()
@@ -156,7 +179,8 @@ def test_the_file_is_flat_and_bound_to_no_machine(name: str) -> None:
     workflow = json.loads(text)
     assert not workflow.get("definitions")  # subgraphs
     # Queueing again after a failed decode must not sample again. (An inversion has no seed.)
-    assert all("fixed" in node["widgets_values"] for node in workflow["nodes"] if node["type"] == "CogXSampler")
+    assert all("fixed" in node["widgets_values"] for node in workflow["nodes"]
+               if node["type"] in ("CogXSampler", "CogXExtend"))
     assert not re.search(r'"(randomize|increment|decrement)"', text)
     assert not re.search(r"/(home|root|tmp|work|Users)/|[A-Z]:\\\\|127\.0\.0\.1|localhost", text)
 
@@ -216,13 +240,14 @@ def test_it_runs_from_the_page_and_shows_the_token_count(server: ComfyServer, op
         assert video.format.name.startswith("mov,mp4")
         stream = video.streams.video[0]
         frames = [(frame.width, frame.height) for frame in video.decode(stream)]
-        assert frames == [(WIDTH, HEIGHT)] * FRAMES
-        assert float(stream.average_rate) == api[node_of["CreateVideo"]]["inputs"]["fps"]
+        assert frames == [(WIDTH, HEIGHT)] * MADE.get(name, FRAMES)
+        assert float(stream.average_rate) == (
+            api[node_of["CreateVideo"]]["inputs"]["fps"] if "CreateVideo" in node_of else PUBLISHED[TINY[name]].fps)
 
-    prompt_node = node_of["CogXTextEncode"]
-    count, = run.outputs[prompt_node]["text"]
-    assert re.fullmatch(r"\d+ of 22[46] tokens", count)
-    place = page.locator(f"[data-node-id='{prompt_node}']") if vue_nodes else page.locator(".dom-widget")
+    node = prompt_node(api)
+    count, = run.outputs[node]["text"]
+    assert re.fullmatch(r"(1: )?\d+ of 22[46] tokens", count)
+    place = page.locator(f"[data-node-id='{node}']") if vue_nodes else page.locator(".dom-widget")
     place.get_by_text(count, exact=True).wait_for(state="visible", timeout=10_000)
 
 
@@ -262,7 +287,7 @@ def test_template_browser_shows_workflows_and_pictures(server: ComfyServer, open
     dialog = page.get_by_role("dialog")
     dialog.get_by_text(PACK, exact=True).first.click()
     for name in NAMES:
-        dialog.get_by_role("heading", name=name, exact=True).wait_for(state="visible", timeout=10_000)
-    page.wait_for_function("count => [...document.querySelectorAll('[role=dialog] img')]"
-                           ".filter(image => image.naturalWidth === 512).length === count", arg=len(NAMES),
-                           timeout=10_000)
+        heading = dialog.get_by_role("heading", name=name, exact=True)
+        heading.wait_for(state="visible", timeout=10_000)
+        heading.scroll_into_view_if_needed()  # a picture is loaded when it is seen
+        page.wait_for_function(PICTURE_IS_SHOWN, arg=heading.element_handle(), timeout=10_000)
