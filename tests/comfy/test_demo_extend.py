@@ -122,8 +122,8 @@ def test_the_object_and_its_motion_go_on(videos, record_property):
     """Three chunks on a clip of 17 frames, in every direction."""
     colours = [kept for clip, frames in videos for kept in keeps_colour(frames, clip.scene)]
     motions = [kept for clip, frames in videos for kept in goes_on(frames, clip.scene)]
-    record_property("colour", np.mean(colours))
-    record_property("motion", np.mean(motions))
+    record_property("colour", str(np.mean(colours)))
+    record_property("motion", str(np.mean(motions)))
     assert np.mean(colours) >= 0.9 and np.mean(motions) >= 0.9, [goes_on(f, c.scene) for c, f in videos]
 
 
@@ -131,7 +131,7 @@ def test_no_seam_and_the_control_has_one(studio, videos, record_property):
     seams = [seam(frames) for _, frames in videos]
     with torch.inference_mode():
         control = [seam(bytes_of(studio.independent(clip))) for clip, _ in videos[:2]]
-    record_property("seams", seams)
-    record_property("control", control)
+    record_property("seams", str(seams))
+    record_property("control", str(control))
     assert np.mean(seams) <= 1.3, seams
     assert min(control) > 1.3, control

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def shapes_of(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def size_of(held: dict[str, tuple[int, ...]], bytes_of: dict[bool, float]) -> float:
-    return sum(np.prod(shape) * bytes_of[chosen(key)] for key, shape in held.items())
+    return sum(math.prod(shape) * bytes_of[chosen(key)] for key, shape in held.items())
 
 
 @pytest.fixture(scope="module")
