@@ -91,10 +91,11 @@ def test_scheduled_on_the_clip(clip):
         (0, 0.0), (1, 0.0), (2, 0.0), (0, 0.5), (1, 0.5), (2, 0.5)]
 
 
-@pytest.mark.parametrize("schedule", ["static", "uniform", "looped"])
+@pytest.mark.parametrize("schedule", ["static", "uniform", "looped", "coarse"])
 @pytest.mark.parametrize("variant, count", [("5B", 1), ("1.5-5B-I2V", 2)])
 def test_each_window_has_the_prompt_of_its_moment(load_tiny, error, variant, count, schedule):
-    """Steps x windows forwards, whatever the number of prompts; each with the embedding between its two prompts."""
+    """Steps x windows forwards, whatever the number of prompts; each with the embedding between its two prompts.
+    A window over the whole video has no one prompt: 'coarse' then has its windows at every step."""
     model, seen = spied(windowed(load_tiny(variant), overlap=8, schedule=schedule))
     positive = sequence_of(model, 3)
     sample(model, positive, frames=21, count=count, cfg=1.0)
