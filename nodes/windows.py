@@ -115,7 +115,7 @@ class RIFLEx(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A CogVideoX model with rotary positions: 5B, 1.5-5B or 1.5-5B-I2V."),
                 io.Int.Input("k", default=0, min=0, max=64, tooltip="Which frequency of time is lowered, from 1. 0 "
-                             "takes the model's: 2 for 5B, 3 for 1.5."),
+                             "takes the model's: 2 for 5B, which acts from 81 frames on; 3 for 1.5, from 513 on."),
                 io.Int.Input("tuned_frames", default=0, min=0, max=MAX_FRAMES, tooltip="Only for weights that were "
                              "fine-tuned with RIFLEx: the frames that they were tuned for. 0 for all others: the "
                              "video's own length counts."),

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..models.cogvideox.apply_model import LADDER_KEY, VIDEO_KEY
 from ..models.specs import ModelSpec, SpecError
 from .guidance import dynamic_guidance
-from .inversion import InverseRun, Trajectory, attend_to_reference, check_same_shape
+from .inversion import InverseRun, Trajectory, attend_to_reference, check_same_shape, problem_of_windows
 from .reference import SCHEDULERS, ReferenceRun
 from .schedules import parse_timesteps, steps_after_strength, trailing_timesteps
 
@@ -321,17 +321,16 @@ def _begin_on(trajectory: Trajectory, features: bool, executor: Any, noise: Tens
     """OUTER_SAMPLE wrapper, inside the one that adds padding frames. Other noise than the inverted one is left alone.
 
     Raises:
-        SpecError: ``features`` of a video of another shape, or FreeNoise, which would shuffle the inverted noise.
+        SpecError: ``features`` of a video of another shape, or windows that would not take the noise as it is.
     """
     if features:
         frames = latent_image.shape[2] - trajectory.padding
         check_same_shape((*latent_image.shape[:2], frames, *latent_image.shape[3:]), trajectory.visible_shape)
         executor.class_obj.model_options["transformer_options"][LADDER_KEY].copies = 2
     if torch.equal(noise.cpu(), trajectory.noise):
-        if getattr(executor.class_obj.model_options.get("context_handler"), "freenoise", False):
-            raise SpecError("freenoise: expected it off, as the inverted noise belongs to its own frames; got it on, "
-                            "which shuffles them. Turn freenoise off in the context windows node ('CogVideoX Context "
-                            "Windows': noise independent).")
+        problem = problem_of_windows(executor.class_obj.model_options.get("context_handler"))
+        if problem:
+            raise SpecError(problem)
         sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
         noise = trajectory.noise_at(int(sampling.timestep(sigmas[0])))
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..models.noise_schedule import alphas_cumprod
 from ..models.specs import ScheduleSpec, SpecError
 from .schedules import trailing_timesteps
+from .windows import COARSE
 
 
 def angles_of(schedule: ScheduleSpec) -> list[float]:
@@ -135,3 +136,15 @@ def attend_to_reference(attention: Callable[..., Tensor], q: Tensor, k: Tensor, 
     # k and v, and gone before the second call.
     video = attention(q_video, *(torch.cat(t.chunk(2), dim=1) for t in (k, v)), *args, **kwargs)
     return torch.cat([video, attention(q_reference, k_reference, v_reference, *args, **kwargs)])
+
+
+def problem_of_windows(handler: Any) -> str | None:
+    """Why a context handler does not sample from inverted noise what was inverted; None if it does, or is None."""
+    if getattr(handler, "freenoise", False):
+        return ("freenoise: expected it off, as the inverted noise belongs to its own frames; got it on, which "
+                "shuffles them. Turn freenoise off in the context windows node ('CogVideoX Context Windows': noise "
+                "independent).")
+    if getattr(getattr(handler, "windows", None), "schedule", None) == COARSE:
+        return ("schedule coarse: expected static, as the inverted noise holds a motion; got coarse, which lays out "
+                "another. Set schedule to static in 'CogVideoX Context Windows'.")
+    return None

@@ -24,6 +24,7 @@ WINDOWS_KEY = "cogx_context_windows"
 HANDLER = "context_handler"  # where ComfyUI looks for it, in model_options
 EASYCACHE = "easycache"  # in transformer_options
 TIME = 2  # [B, C, T, H, W]
+FULL_NOISE = 990  # from this timestep up nothing is left of a video
 CORE_PREPARE_KEY = "ContextWindows_prepare_sampling"  # of core's context windows node, which ours replaces
 
 
@@ -78,6 +79,7 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
             causal_window_fix=False)
         self.windows = windows
         self.caches: dict[tuple[bool, int], Any] = {}
+        self._may_lay_out = True
         self._laying_out = False
 
     def should_use_context(self, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any) -> bool:
@@ -92,7 +94,7 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
                 model_options: dict[str, Any]) -> list[Tensor]:
         """Core's loop. What it leaves as 0/0, the frames in no window of a step, comes from the frames around them."""
         noise_level = float(model.model_sampling.timestep(timestep[:1]))
-        self._laying_out = self.windows.lays_out(x_in.size(TIME), noise_level) and not any(map(_has_sequence, conds))
+        self._laying_out = self._may_lay_out and self.windows.lays_out(x_in.size(TIME), noise_level)
         denoised = super().execute(calc_cond_batch, model, conds, x_in, timestep, model_options)
         if not self._laying_out:
             return denoised
@@ -139,7 +141,7 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
     def _image_of_window(self, image: Tensor, window: Window) -> Tensor:
         """[B, C, T, H, W]: the window's frames, the first token of them from the video's start if it is the anchor."""
         sliced = window.get_tensor(image)
-        if self.windows.anchor:
+        if self.windows.anchor and len(window.index_list) < window.total_frames:  # else its image is in it already
             first = self.windows.spec.transformer.temporal_patch
             sliced[:, :, :first] = image[:, :, :first]
         return sliced
@@ -170,6 +172,17 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
         return self.caches[key]
 
 
+def _reason_not_to_lay_out(guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor) -> str | None:
+    """Why a run's frames cannot come from one window over the whole video; None if they can."""
+    if any(map(_has_sequence, guider.conds.values())):
+        return "one window over the whole video has one prompt, not a sequence of them"
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    begins = float(sampling.timestep(sigmas[0])) if len(sigmas) else 0.0
+    if begins < FULL_NOISE and torch.count_nonzero(latent_image) and torch.count_nonzero(noise):
+        return "the run begins on a video, whose motion is to be kept"
+    return None
+
+
 def _for_one_run(executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any,
                  **kwargs: Any) -> Tensor:
     """OUTER_SAMPLE wrapper, inside the one that adds padding frames. The handler keeps its step: a run has its own."""
@@ -179,20 +192,22 @@ def _for_one_run(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     spec = handler.windows.spec
     frames = (noise.size(TIME) // spec.transformer.temporal_patch - 1) * spec.token_frames + 1
+    reason = None
     if noise.size(TIME) <= handler.context_length:
         log.info("Context windows: %d frames fit into one window of %d, so there %s.", frames, handler.windows.length,
                  "is one, which begins elsewhere at each step" if handler.windows.closed else "are none")
     else:
         conds = executor.class_obj.conds
         handler.warn_of_unseen(conds, noise.size(TIME), len(sigmas) - 1)
-        if handler.windows.schedule == COARSE and any(map(_has_sequence, conds.values())):
-            log.info("Context windows: with a sequence of prompts coarse is sampled as static, because one window over "
-                     "the whole video has one prompt.")
+        if handler.windows.schedule == COARSE:
+            reason = _reason_not_to_lay_out(executor.class_obj, noise, latent_image, sigmas)
+        if reason:
+            log.info("Context windows: coarse is sampled as static, because %s.", reason)
     if handler.windows.moves and hasattr(options.get("transformer_options", {}).get(EASYCACHE), "first_cond_uuid"):
         log.warning("Context windows: EasyCache skips nothing, as %s windows see other frames at each step. Set the "
                     "schedule to static.", handler.windows.schedule)
     options[HANDLER] = own = copy.copy(handler)  # in the guider's own copy of the options, made for the run
-    own.caches = {}
+    own.caches, own._may_lay_out = {}, reason is None
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
@@ -208,6 +223,9 @@ def _with_shared_noise(executor: Any, guider: Any, sigmas: Tensor, extra_args: d
 def with_context_windows(model: Any, windows: Windows) -> Any:
     """A clone of MODEL that sees a video longer than a window in windows, whichever node samples it."""
     kinds = comfy.patcher_extension.WrappersMP
+    unusual = windows.unusual_length()
+    if unusual:
+        log.warning("Context windows: %s", unusual)
     model = model.clone()
     for kind, key in ((kinds.OUTER_SAMPLE, WINDOWS_KEY), (kinds.SAMPLER_SAMPLE, WINDOWS_KEY),
                       (kinds.PREPARE_SAMPLING, CORE_PREPARE_KEY)):

@@ -205,6 +205,14 @@ class Windows:
                     f"{network.sample_frames} frames only; set positions to window.")
         return None
 
+    def unusual_length(self) -> str | None:
+        """Why the model was not trained on windows of this length; None if it was."""
+        native, most = self.spec.transformer.sample_frames, self.spec.max_frames
+        if native <= self.length <= most:
+            return None
+        trained = f"{native} frames" if native == most else f"{native} to {most} frames"
+        return f"windows of {self.length} frames: CogVideoX {self.spec.name} was trained on {trained}."
+
     @property
     def latent_frames(self) -> int:
         """Of a window, 1.5's padding frames included: 81 pixel frames are 22."""

@@ -102,6 +102,12 @@ def _keep_first_prompts(guider: Any, frames: int) -> None:
                         "Use 'CogVideoX Context Windows' with a window shorter than the video.", name)
 
 
+def _frames_at_once(guider: Any, frames: int) -> int:
+    """How many pixel frames the network sees at once. ComfyUI's own context windows are taken for short enough."""
+    handler = guider.model_options.get("context_handler")
+    return frames if handler is None else min(frames, getattr(getattr(handler, "windows", None), "length", 0))
+
+
 def _is_closed_loop(guider: Any) -> bool:
     handler = guider.model_options.get("context_handler")
     return getattr(getattr(handler, "windows", None), "closed", False)
@@ -119,7 +125,7 @@ def outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
     model = executor.class_obj.model_patcher.model
     check_latent(tuple(latent_image.shape), model.spec)
     frames = VAE_TEMPORAL_RATIO * (latent_image.shape[2] - 1) + 1
-    if frames > model.spec.max_frames and "context_handler" not in executor.class_obj.model_options:
+    if _frames_at_once(executor.class_obj, frames) > model.spec.max_frames:
         log.warning("%d frames: CogVideoX %s was trained on at most %d and gets poorer beyond.", frames,
                     model.spec.name, model.spec.max_frames)
     if denoise_mask is not None and _is_second_stage(noise, sigmas, model):

@@ -277,15 +277,34 @@ def test_inverted_noise_is_not_shuffled(load_tiny, first):
     trajectory = adapter.invert(model, positive, video, 2)
     noise = InvertedNoise(trajectory).generate_noise(video)
 
-    def both(kind: str) -> Any:
+    def both(kind: str, schedule: str = "static") -> Any:
         if first == "windows":
-            return adapter.with_reference_video(windowed(model, noise=kind), trajectory, False)
-        return windowed(adapter.with_reference_video(model, trajectory, False), noise=kind)
+            return adapter.with_reference_video(windowed(model, noise=kind, schedule=schedule), trajectory, False)
+        return windowed(adapter.with_reference_video(model, trajectory, False), noise=kind, schedule=schedule)
 
     for kind in ("freenoise", "repeated"):
         with pytest.raises(SpecError, match="the inverted noise belongs to its own frames"):
             run(both(kind), noise)
+    with pytest.raises(SpecError, match="schedule coarse: expected static"):
+        run(both("independent", "coarse"), noise)
     assert torch.isfinite(run(both("independent"), noise)).all()
+
+
+@pytest.mark.parametrize("variant", ["5B", "1.5-5B"])
+def test_a_video_that_is_there_is_not_laid_out_anew(load_tiny, variant):
+    """Below full noise the motion is that of the video. A second stage goes on with the layout of the first."""
+    model, video = load_tiny(variant), noise_of(4)
+    coarse, static = (windowed(model, schedule=schedule) for schedule in ("coarse", "static"))
+    prompts, sigmas = conditionings(model), adapter.make_sigmas(model, 4, "trailing")
+
+    def sampled(patched: Any, noise: Tensor, latent: Tensor, part: Tensor) -> Tensor:
+        return comfy.sample.sample_custom(patched, noise, 6.0, adapter.sampler_object("euler"), part, *prompts, latent,
+                                          seed=3, disable_pbar=True)
+
+    noise, nothing = noise_of(1), torch.zeros_like(video)
+    assert torch.equal(sampled(coarse, noise, video, sigmas[1:]), sampled(static, noise, video, sigmas[1:]))
+    for given in ((noise, video, sigmas), (noise, nothing, sigmas[1:]), (nothing, video, sigmas[1:])):
+        assert not torch.equal(sampled(coarse, *given), sampled(static, *given))
 
 
 def test_no_warning_of_length_in_windows(load_tiny, caplog):
@@ -295,6 +314,19 @@ def test_no_warning_of_length_in_windows(load_tiny, caplog):
     assert "was trained on" not in caplog.text
     run(model, noise_of(1))
     assert "was trained on" in caplog.text
+
+
+@pytest.mark.parametrize("length, words", [
+    (33, "windows of 33 frames: CogVideoX 5B was trained on 17 frames."),
+    (9, "windows of 9 frames: CogVideoX 5B was trained on 17 frames."), (17, "")])
+def test_a_length_that_the_model_was_not_trained_on_is_named(load_tiny, caplog, length, words):
+    model = load_tiny("5B")
+    network = replace(model.model.spec.transformer, sample_frames=17)
+    model.model.spec = replace(model.model.spec, max_frames=17, transformer=network)
+    patched = windowed(model, length=length)
+    assert words in caplog.text if words else "was trained on" not in caplog.text
+    run(patched, noise_of(1, 13))
+    assert ("and gets poorer beyond" in caplog.text) == (length > 17)
 
 
 @pytest.mark.alone
