@@ -72,7 +72,8 @@ class ContextWindows(io.ComfyNode):
                                "them together. repeated: the first window's noise again and again, which may repeat "
                                "its motion too."),
                 io.Boolean.Input("anchor", default=True, tooltip="For image-to-video models: every window sees the "
-                                 "start image, not only the first one."),
+                                 "start image, not only the first one. With coarse later ones see mostly what the "
+                                 "window before them made."),
                 io.Combo.Input("positions", options=list(POSITIONS), tooltip="window: each window begins at position "
                                "0, as the model was trained. global: frames keep their positions in the whole video. "
                                "5B-I2V takes window only."),

@@ -12,6 +12,7 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
+from ..models.cogvideox.image_condition import REFERENCE_KEY
 from ..models.cogvideox.positions import PLACE_KEY, RIFLEX_KEY, Place, Riflex, intrinsic_frequency
 from ..models.specs import SpecError
 from ..models.turns import TURN, sequences
@@ -25,6 +26,9 @@ HANDLER = "context_handler"  # where ComfyUI looks for it, in model_options
 EASYCACHE = "easycache"  # in transformer_options
 TIME = 2  # [B, C, T, H, W]
 FULL_NOISE = 990  # from this timestep up nothing is left of a video
+# How much of a later window's anchor is what the window before made; the rest is the start image. With all of it the
+# look wears off from window to window, with half of it the object shows where the image has it, too.
+CARRIED = 0.75
 CORE_PREPARE_KEY = "ContextWindows_prepare_sampling"  # of core's context windows node, which ours replaces
 
 
@@ -80,7 +84,8 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
         self.windows = windows
         self.caches: dict[tuple[bool, int], Any] = {}
         self._may_lay_out = True
-        self._laying_out = False
+        self._laying_out = self._laid_out = False
+        self._before: tuple[list[int], Tensor] | None = None  # this step's last window: frames, and what it made
 
     def should_use_context(self, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any) -> bool:
         return self.windows.apply_to(x_in.size(TIME))
@@ -94,7 +99,9 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
                 model_options: dict[str, Any]) -> list[Tensor]:
         """Core's loop. What it leaves as 0/0, the frames in no window of a step, comes from the frames around them."""
         noise_level = float(model.model_sampling.timestep(timestep[:1]))
-        self._laying_out = self._may_lay_out and self.windows.lays_out(x_in.size(TIME), noise_level)
+        coarse = self.windows.schedule == COARSE and self._may_lay_out
+        self._laying_out = coarse and self.windows.lays_out(x_in.size(TIME), noise_level)
+        self._laid_out, self._before = coarse and not self._laying_out, None
         denoised = super().execute(calc_cond_batch, model, conds, x_in, timestep, model_options)
         if not self._laying_out:
             return denoised
@@ -133,18 +140,36 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
         cond = {**cond, "model_conds": dict(cond["model_conds"])}
         image, mask = cond["model_conds"].get("c_concat"), cond.get("mask")
         if image is not None:
-            cond["model_conds"]["c_concat"] = image._copy_with(self._image_of_window(image.cond, window))
+            spec = self.windows.spec
+            scale = spec.image_scale(cond.get(REFERENCE_KEY, "auto")) / spec.latent.scaling_factor
+            cond["model_conds"]["c_concat"] = image._copy_with(self._image_of_window(image.cond, window, scale))
         if mask is not None and mask.ndim == x_in.ndim - 1 and mask.size(1) == x_in.size(TIME):  # [N, T, H, W]
             cond["mask"] = window.get_tensor(mask, dim=1)
         return cond
 
-    def _image_of_window(self, image: Tensor, window: Window) -> Tensor:
-        """[B, C, T, H, W]: the window's frames, the first token of them from the video's start if it is the anchor."""
+    def _image_of_window(self, image: Tensor, window: Window, scale: float) -> Tensor:
+        """[B, C, T, H, W]: the window's frames, the first token of them from the video's start if it is the anchor.
+
+        Where the video was laid out, the image would pull a later window back to the place that it shows. There it is
+        mixed with what the window before has just made of the same frame, times ``scale``.
+        """
         sliced = window.get_tensor(image)
-        if self.windows.anchor and len(window.index_list) < window.total_frames:  # else its image is in it already
-            first = self.windows.spec.transformer.temporal_patch
-            sliced[:, :, :first] = image[:, :, :first]
+        if not self.windows.anchor or len(window.index_list) == window.total_frames:  # all of it has its image in it
+            return sliced
+        first, begin = self.windows.spec.transformer.temporal_patch, window.index_list[0]
+        sliced[:, :, :first] = image[:, :, :first]
+        frames, made = self._before or ([], image)
+        if begin in frames:  # not the first window, nor any without an overlap
+            sliced = sliced.repeat(len(made) // len(sliced), 1, 1, 1, 1)  # one image may be that of a whole batch
+            carried = made[:, :, frames.index(begin)].to(sliced) * scale
+            sliced[:, :, 0] = torch.lerp(sliced[:, :, 0], carried, CARRIED)
         return sliced
+
+    def combine_context_window_results(self, x_in: Tensor, sub_conds_out: list[Tensor], sub_conds: Any, window: Window,
+                                       *args: Any) -> None:
+        if self._laid_out:
+            self._before = window.index_list, sub_conds_out[0]  # without guidance, whose strength is not known here
+        super().combine_context_window_results(x_in, sub_conds_out, sub_conds, window, *args)
 
     def evaluate_context_windows(self, calc_cond_batch: Callable[..., Any], model: Any, x_in: Tensor, conds: Any,
                                  timestep: Tensor, enumerated_context_windows: list[tuple[int, Window]],

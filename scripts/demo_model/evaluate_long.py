@@ -26,6 +26,7 @@ WHOLE_PIXELS = 14.0
 # Between two frames. The fastest motion of training makes 1.9, the fastest bounce 11.
 JUMP_PIXELS, BOUNCE_JUMP_PIXELS = 4.0, 12.0
 SEAM_RATIO = 1.3
+FAINT_CHROMA = 30  # what the VAE makes of a grey background has less
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,12 @@ def long_cases() -> list[Case]:
     direction and what is left of them in 65 frames is still a motion. How fast it is there is not judged.
     """
     return evaluate.cases_of([replace(scene, speed="fast") for scene in clips.held_out_scenes()[::2]], seed=7)
+
+
+def long_image_cases() -> list[Case]:
+    """The same with the first frame of a clip, where the object has room for its fast motion."""
+    rng = np.random.default_rng(11)
+    return [replace(case, image=clips.render(case.scene, rng)[0][0]) for case in long_cases()]
 
 
 def hue(rgb: np.ndarray) -> float:
@@ -117,6 +124,13 @@ def seam(videos: Sequence[np.ndarray], borders: Sequence[int], inside: Sequence[
         changes = np.abs(np.diff(video.astype(np.int16), axis=0)).mean((1, 2, 3))
         ratios.append(changes[np.array(borders) - 1].mean() / changes[np.array(inside) - 1].mean())
     return float(np.mean(ratios))
+
+
+def faint(frames: np.ndarray) -> np.ndarray:
+    """The pixels with a little colour in each frame, for each coloured one: [F]. An object that shows a second time
+    where it is not, half transparent, has more than its edge."""
+    chroma = frames.max(-1).astype(int) - frames.min(-1)
+    return ((chroma > FAINT_CHROMA) & (chroma <= evaluate.CHROMA)).sum((1, 2)) / (chroma > evaluate.CHROMA).sum((1, 2))
 
 
 def similarity(frames: np.ndarray, image: np.ndarray) -> np.ndarray:

@@ -78,9 +78,10 @@ def spied(model: Any) -> tuple[Any, list[dict[str, Any]]]:
 
     def apply_model(executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None,
                     control: Any = None, transformer_options: Any = None, **conds: Any) -> Tensor:
-        seen.append({"x": x, "t": t, "image": c_concat, "text": c_crossattn, "ofs": conds.get("ofs"),
+        made = executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)
+        seen.append({"x": x, "t": t, "image": c_concat, "text": c_crossattn, "ofs": conds.get("ofs"), "made": made,
                      "options": dict(transformer_options)})
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)
+        return made
 
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", apply_model)
     return model, seen
@@ -157,7 +158,26 @@ def test_what_the_network_is_given(load_tiny, variant, schedule):
         if windows.spec.takes_image:
             expected = condition[:, :, window].clone()
             expected[:, :, 0] = condition[:, :, 0]
-            assert torch.allclose(given["image"], expected)
+            assert torch.allclose(given["image"], expected) != (schedule == "coarse" and window[0] > 0)
+
+
+@pytest.mark.parametrize("variant, reference, shown", [
+    ("5B-I2V", "auto", 0.7), ("1.5-5B-I2V", "auto", 1.0), ("1.5-5B-I2V", "diffusers", 1 / 0.7)])
+def test_where_it_was_laid_out_a_window_begins_with_what_the_one_before_made(load_tiny, variant, reference, shown):
+    """With a quarter of the image, in the image's scale; one image serves a batch of two."""
+    model, seen = spied(windowed(load_tiny(variant), schedule="coarse"))
+    windows, noise = model.model_options["context_handler"].windows, noise_of(1, count=2)
+    image, scale = noise_of(2, 1)[:, :, 0], shown / windows.spec.latent.scaling_factor
+    prompts = conditionings(model, condition_latent(LATENTS, image[:, :, None], None), reference)
+    comfy.sample.sample_custom(model, noise, 1.0, adapter.sampler_object("cogvideox_ddim"),
+                               adapter.make_sigmas(model, STEPS, "trailing"), *prompts, torch.zeros_like(noise),
+                               seed=3, disable_pbar=True)
+    planned = windows.at(LATENTS + windows.spec.padding_frames(LATENTS), STEPS - 1)
+    drawn = seen[-len(planned):]
+    for before, window, last, given in zip(planned, planned[1:], drawn, drawn[1:], strict=False):
+        carried = scale * last["made"][:, :, before.index(window[0])]
+        assert torch.allclose(given["image"][:, :, 0], 0.75 * carried + 0.25 * image * shown, atol=1e-6)
+        assert not given["image"][:, :, 1:].any()
 
 
 @pytest.mark.parametrize("variant", ["5B-I2V", "1.5-5B-I2V"])

@@ -24,8 +24,10 @@ from cogx.scripts.demo_model.evaluate import Case
 from cogx.scripts.demo_model.evaluate_long import (
     LONG_FRAMES,
     SEAM_RATIO,
+    faint,
     judge,
     long_cases,
+    long_image_cases,
     of_seconds,
     seam,
     similarity,
@@ -39,6 +41,9 @@ WINDOWS = {"overlap": 8, "schedule": "coarse", "fuse": "pyramid", "noise": "free
 # The first frames of the latents at which the windows of 5 latents over 17, 3 apart, begin or end; and of the others.
 BORDERS = [4 * latent - 3 for latent in (3, 5, 6, 8, 9, 11, 12, 14)]
 INSIDE = [frame for frame in range(1, LONG_FRAMES, 4) if frame not in BORDERS]
+# Where windows begin in the middle of the others that they overlap, and frames far from it.
+BEGIN = [frame for start in (21, 33, 45) for frame in range(start, start + 4)]
+MIDDLE = [14, 15, 16, 26, 27, 28, 38, 39, 40]
 
 
 @pytest.fixture(autouse=True)
@@ -107,14 +112,31 @@ def test_clips_one_after_another_do_not_hold_together():
 
 
 @pytest.fixture(scope="module")
-def similarities(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], np.ndarray]:
+def image_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_pipeline.assemble("CogX-Demo-I2V", tmp_path_factory.mktemp("demo") / "i2v")
+
+
+def test_the_motion_goes_on_from_an_image(image_pipeline, record_property):
+    """One case of each motion. Nor does the object show a second time, where the image has it, as windows begin."""
+    cases = long_image_cases()[:8]
+    assert {case.scene.motion for case in cases} == set(clips.MOTIONS)
+    videos = sampled(image_pipeline, cases, LONG_FRAMES, WINDOWS)
+    judged = [judge(video, case.scene) for video, case in zip(videos, cases, strict=True)]
+    second = np.mean([faint(video)[BEGIN].mean() for video in videos])
+    second /= np.mean([faint(video)[MIDDLE].mean() for video in videos])
+    record_property("scores", f"good {sum(each.good for each in judged)} of {len(cases)}, faint {second:.2f}")
+    assert sum(each.good for each in judged) >= 7, judged
+    assert second <= 1.2, second
+
+
+@pytest.fixture(scope="module")
+def similarities(image_pipeline) -> Callable[[bool], np.ndarray]:
     """With the anchor or without, how like the given object the videos are: [8, seconds], each second against the
     first."""
-    folder = demo_pipeline.assemble("CogX-Demo-I2V", tmp_path_factory.mktemp("demo") / "i2v")
 
     def measure(anchor: bool) -> np.ndarray:
         cases = evaluate.image_cases()[::6]
-        videos = sampled(folder, cases, LONG_FRAMES, {**WINDOWS, "anchor": anchor})
+        videos = sampled(image_pipeline, cases, LONG_FRAMES, {**WINDOWS, "anchor": anchor})
         each = np.stack([of_seconds(similarity(video, case.image)) for video, case in zip(videos, cases, strict=True)
                          if case.image is not None])
         return each / each[:, :1]
