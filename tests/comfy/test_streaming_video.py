@@ -26,7 +26,8 @@ from cogx.model_loaders import vae_ladder
 from cogx.model_loaders.vae import CogVideoXVAE
 from cogx.model_loaders.video import StreamedVideo, decode_to_videos
 from cogx.models.cogvideox.vae_plan import Plan
-from cogx.models.specs import SpecError, VAESpec
+from cogx.models.specs import PUBLISHED, SpecError, VAESpec
+from cogx.nodes.decode import Decode, DecodeVideo
 from cogx.tests.comfy.demo import pictures
 from cogx.tests.comfy.graphs import Graph, text_to_video
 from comfy_api.latest import InputImpl, Types
@@ -302,6 +303,20 @@ def test_writes_that_take_only_a_part(vae, monkeypatch):
     expected = vae.decode_video(latent())[0]
     monkeypatch.setattr(frames_module.tempfile, "TemporaryFile", lambda **_: Slow())
     assert torch.equal(streamed(vae, latent()).get_components().images, expected)
+
+
+def test_what_the_nodes_are_given(vae):
+    """A batch, its audio, frames per second of the input before those of the model, and a loop."""
+    model = SimpleNamespace(model=SimpleNamespace(spec=PUBLISHED["1.5-5B"]))
+    inputs = ({"samples": latent(2)}, vae, "auto", 360, 240, 64)
+    loops = vae.decode_video(latent(2), closed_loop=True)
+    assert torch.equal(Decode.execute(*inputs, True).args[0], loops.flatten(0, 1))
+    for fps, rate in ((5.5, Fraction(11, 2)), (0, Fraction(16))):
+        videos = DecodeVideo.execute(*inputs, fps, audio(), model, True).args[0]
+        for video, loop in zip(videos, loops, strict=True):
+            found = video.get_components()
+            assert torch.equal(found.images, loop) and found.frame_rate == rate
+            assert torch.equal(found.audio["waveform"], audio()["waveform"])
 
 
 # --- On the server, both versions ---
