@@ -257,8 +257,8 @@ def graph_of(chunks: int = 3, text: str = "A red circle.", **inputs: Any) -> Gra
     return {**kept, "7": {"class_type": "SaveImage", "inputs": {"images": ["10", 0], "filename_prefix": "extended"}}}
 
 
-def pixels(server: ComfyServer, run: Run) -> list[bytes]:
-    return [Image.open(server.output(run, "7", index)).tobytes() for index in range(len(run.outputs["7"]["images"]))]
+def pixels(server: ComfyServer, run: Run, node: str = "7") -> list[bytes]:
+    return [Image.open(server.output(run, node, index)).tobytes() for index in range(len(run.outputs[node]["images"]))]
 
 
 def progress_of(run: Run) -> list[tuple[int, int]]:
@@ -303,6 +303,23 @@ def test_queued_again_it_goes_on(any_server):
     server.post("/free", {"unload_models": True, "free_memory": True})
     count, again, _ = found(graph)
     assert count == 0 and again == video
+
+
+def test_a_prompt_of_the_sequence_for_each_chunk(server):
+    """The same as a node for each chunk, with a prompt and a seed of its own."""
+    prompts = ["A red circle.", "A blue square."]
+    graph = graph_of(chunks=2, text=prompts[0], denoise=1.0)
+    whole, clip = graph["10"], graph["2"]["inputs"]["clip"]
+    graph["11"] = {"class_type": "CogXPromptSequence", "inputs": {"clip": clip, "text": "\n".join(prompts),
+                                                                  "max_tokens": "auto"}}
+    graph["12"] = {**graph["2"], "inputs": {**graph["2"]["inputs"], "text": prompts[1]}}
+    graph["13"] = {**whole, "inputs": {**whole["inputs"], "chunks": 1}}
+    graph["14"] = {**whole, "inputs": {**whole["inputs"], "chunks": 1, "images": ["13", 0], "positive": ["12", 0],
+                                       "seed": SAMPLING["seed"] + 1}}
+    graph["15"] = {**graph["7"], "inputs": {"images": ["14", 0], "filename_prefix": "by_node"}}
+    whole["inputs"]["positive"] = ["11", 0]
+    run = server.run(graph)
+    assert len(pixels(server, run)) == 17 + 2 * 8 and pixels(server, run) == pixels(server, run, "15")
 
 
 @pytest.mark.parametrize("inputs, words", [
