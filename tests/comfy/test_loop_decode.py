@@ -84,8 +84,8 @@ def test_streamed_in_tiles_and_in_batches(vae, tmp_path: Path):
     for file, loop in zip(files, loops, strict=True):
         assert torch.equal(frames.FrameRange(file, 0, 20).image(), loop)
         assert file.shape[0] == 20
-    tiled = vae.decode_video(z, "on", (32, 32), 16, closed_loop=True)
-    assert tiled.shape == loops.shape and (tiled - loops).abs().mean() < 10 * STEP
+    tiled = vae.decode_video(z[:1], "on", (32, 32), 16, closed_loop=True)
+    assert tiled.shape == loops[:1].shape and (tiled - loops[:1]).abs().mean() < 10 * STEP
 
 
 def test_the_number_that_is_decoded_is_even():
