@@ -66,7 +66,7 @@ def pipeline_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """Changes when one of ``files`` is replaced: paths, and of what they lead to size, time and place; no content."""
+    """Changes when one of ``files`` is replaced: paths, and of what they lead to the size and times; no content."""
     return ";".join(f"{file},{_state(file)}" for file in files)
 
 
@@ -75,8 +75,9 @@ def _state(file: Path) -> str:
         found = os.stat(file)
     except OSError:
         return "missing"
-    # A file that is moved to the place of another may have its size and, from an archive, its time.
-    return f"{found.st_size},{found.st_mtime_ns},{found.st_ino}"
+    # A file that is moved to the place of another may have its size and, from an archive, its time; not its time of
+    # change (on Windows, of creation). The number of a file tells less: network drives number anew when they like.
+    return f"{found.st_size},{found.st_mtime_ns},{found.st_ctime_ns}"
 
 
 def state_of(component: str, path: Path) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cogx.model_loaders.sources import files_read, fingerprint, state_of
@@ -66,8 +68,22 @@ def test_a_file_of_the_same_size_and_time(tmp_path):
         file.write_text("{}")
         os.utime(file, (1, 1))
     before = fingerprint([old])
+    time.sleep(0.05)  # more than a tick of the file system's clock
     os.replace(new, old)
     assert fingerprint([old]) != before == before
+
+
+def test_a_drive_that_numbers_its_files_anew(tmp_path, monkeypatch):
+    """As network drives do whenever they look again: nothing was replaced, so nothing is loaded or rendered again."""
+    file = tmp_path / "x.safetensors"
+    file.write_text("{}")
+    before, found = fingerprint([file]), os.stat(file)
+    fields = {name: getattr(found, name) for name in dir(found) if name.startswith("st_")}
+    anew = SimpleNamespace(**{**fields, "st_ino": found.st_ino + 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda path: anew)
+        after = fingerprint([file])
+    assert after == before
 
 
 def test_what_is_missing_and_comes_back(pipeline):
