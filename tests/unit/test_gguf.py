@@ -127,6 +127,15 @@ def damaged(path: Path, at: int, value: bytes) -> Path:
     return path
 
 
+def vocabulary(path: Path, count: int) -> Path:
+    """A file whose metadata is a list of ``count`` strings; all zeros, as a download that was cut off can be, so that
+    each is an empty string."""
+    with open(path, "wb") as file:
+        file.write(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a" + struct.pack("<IIQ", 9, 8, count))
+        file.truncate(2**28)
+    return path
+
+
 def test_what_cannot_be_read_is_refused_in_words(tmp_path, monkeypatch):
     path = tmp_path / "a.gguf"
     cases = [
@@ -134,6 +143,7 @@ def test_what_cannot_be_read_is_refused_in_words(tmp_path, monkeypatch):
         (lambda: damaged(sound(path), 0, b"GGML"), "does not begin with GGUF"),
         (lambda: damaged(sound(path), 4, struct.pack("<I", 1)), "expected version 2 or 3"),
         (lambda: damaged(sound(path), 8, struct.pack("<Q", 2**40)), "claims 1099511627776 tensors"),
+        (lambda: vocabulary(path, 20_000_000), "claims 20000000 strings"),
         (lambda: path.write_bytes(sound(path).read_bytes()[:-60]), "is truncated: expected"),
         (lambda: path.write_bytes(sound(path).read_bytes()[:2000]), "ends within its header"),
         (lambda: sound(path, shape=[4, 8, 2, 3]), "which is not 128 values"),
