@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..models.specs import SpecError
-from .files import INDEX
+from .files import INDEX, is_mounted
 from .published import HUB, Repository, folders_of, repository
 
 log = logging.getLogger("cogx")
@@ -344,7 +344,7 @@ def download(name: str, part: str, root: Path, progress: Progress) -> Path:
 
 def _staging_of(target: Path) -> Path:
     """Where ``target`` is until it is moved to its place: beside it, but within a folder that is on another disk."""
-    return (target if target.is_symlink() or os.path.ismount(target) else target.parent) / UNFINISHED / target.name
+    return (target if target.is_symlink() or is_mounted(target) else target.parent) / UNFINISHED / target.name
 
 
 def _staging(target: Path, published: Repository, commit: str) -> Path:

@@ -151,6 +151,15 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)
 
 
+def is_mounted(folder: Path) -> bool:
+    """Whether ``folder`` lies on another disk than the folder that it is in: a mount, or a junction of Windows, which
+    Python takes for neither a link nor a mount."""
+    try:
+        return os.stat(folder).st_dev != os.stat(folder.parent).st_dev
+    except OSError:  # it is not there yet
+        return False
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a component folder: the shards that its index names, or its only file.
 

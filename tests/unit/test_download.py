@@ -196,7 +196,7 @@ def test_a_folder_that_came_another_way(hub, published, tmp_path):
     assert (tmp_path / NAME / SHARD).read_bytes() == b"mine" and hub.served == 0
 
 
-@pytest.mark.parametrize("how", ["link", "mount"])
+@pytest.mark.parametrize("how", ["link", "mount or junction"])
 def test_a_folder_on_another_disk(hub, published, tmp_path, monkeypatch, how):
     """It is filled on its own disk: nothing can be moved there, and only there is room."""
     models, other = tmp_path / "models", tmp_path / "other"
@@ -208,7 +208,10 @@ def test_a_folder_on_another_disk(hub, published, tmp_path, monkeypatch, how):
     else:
         other = target
         target.mkdir()
-        monkeypatch.setattr(module.os.path, "ismount", lambda place: Path(place) == target)
+        ask = os.stat
+        elsewhere = SimpleNamespace(st_dev=ask(models).st_dev + 1, st_mode=ask(target).st_mode)
+        monkeypatch.setattr(module.os, "stat", lambda place, *args, **kwargs: (
+            elsewhere if place == target else ask(place, *args, **kwargs)))
 
     def is_other(place: Path) -> bool:
         return place.resolve().is_relative_to(other.resolve())
