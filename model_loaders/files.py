@@ -39,13 +39,13 @@ def read_json(path: Path) -> dict[str, Any]:
         SpecError: missing or not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors put a mark in front
     except FileNotFoundError:
         raise SpecError(f"Missing file: {path}. Download it again, with the whole folder.") from None
     except IsADirectoryError:
         raise SpecError(f"{path} is a folder, not a file. Remove it and download the file.") from None
     except (ValueError, RecursionError) as error:
-        raise SpecError(f"{path} is not valid JSON ({error}). Download it again.") from None
+        raise SpecError(f"{path} is not valid JSON ({error}). Correct it, or download it again.") from None
     except OSError as error:  # another user's, a link to itself, a drive that is gone
         raise SpecError(f"{path} cannot be read: {error.strerror}.") from None
     if not isinstance(value, dict):

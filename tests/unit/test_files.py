@@ -90,8 +90,10 @@ def test_json(tmp_path):
     with pytest.raises(SpecError, match="Missing file"):
         read_json(file)
     file.write_text("{")
-    with pytest.raises(SpecError, match="not valid JSON"):
+    with pytest.raises(SpecError, match=r"not valid JSON .* Correct it, or download it again"):
         read_json(file)
+    file.write_text('\ufeff{"a": 1}', encoding="utf-8")  # with the mark that Windows editors put in front
+    assert read_json(file) == {"a": 1}
     file.write_text("[]")
     with pytest.raises(SpecError, match="expected a JSON object, got list"):
         read_json(file)
