@@ -265,6 +265,14 @@ def positions(shapes: Shapes, rotates: bool) -> Positions:
     return Positions(True, table, f"{unknown}; {taken}: set variant to 2B if that is its kind")
 
 
+def doubt(network: TransformerSpec) -> str:
+    """What is to be said of a transformer that takes an image by its channels, but has no table of learned positions
+    as 5B-I2V: pose and control models of CogVideoX-Fun have the same channels and keys."""
+    is_v1 = network.patch_size_t is None
+    doubted = is_v1 and network.condition_channels > 0 and not network.use_learned_positional_embeddings
+    return "; or it is a control model, which this pack does not run" if doubted else ""
+
+
 def _as_variant(network: TransformerSpec, published: ModelSpec, table: bool) -> TransformerSpec:
     want = published.transformer
     is_2b = not want.use_rotary_positional_embeddings  # for text, and finetuned for images: there is no published one

@@ -142,11 +142,14 @@ def check_pipeline(folder: Path) -> None:
     """Refuse a folder that is not a CogVideoX pipeline.
 
     Raises:
-        SpecError: its model_index.json names another pipeline.
+        SpecError: its model_index.json names another pipeline, or one of CogVideoX-Fun or with control.
     """
     name = pipeline_class(folder)
     if not name.startswith("CogVideoX"):
         raise SpecError(f"{folder}: expected a CogVideoX pipeline, got {name}. Choose another folder.")
+    if "Fun" in name or "Control" in name:
+        raise SpecError(f"{folder}: expected a pipeline for text or image to video, got {name}, which needs control or "
+                        "in-painting. This pack does not run it; choose another folder.")
 
 
 def find_model(path: Path, variant: str = "auto", vae_scale: float = 0.0) -> Component[ModelSpec]:
@@ -175,6 +178,7 @@ def find_model(path: Path, variant: str = "auto", vae_scale: float = 0.0) -> Com
     whose = "as set" if vae_scale else "as it was saved" if saved else told
     spec = replace(spec, transformer=network, latent=replace(spec.latent, scaling_factor=scale))
     check_shapes(seen.shapes, expected_shapes(CogVideoXTransformer, network), str(path))
+    why += detect.doubt(network)
     return seen.component(spec, f"CogVideoX {spec.name} ({why}); VAE scale {scale:g} ({whose})")
 
 

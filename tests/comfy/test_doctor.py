@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import comfy.model_management
 import pytest
 import torch
-from cogx.model_loaders import doctor, environment
+from cogx.model_loaders import doctor, environment, load
 from cogx.model_loaders.doctor import examine, identify, what_it_is
 from cogx.models.cogvideox.transformer import CogVideoXTransformer
 from cogx.models.specs import PUBLISHED, SpecError
@@ -120,6 +120,18 @@ def test_damage_is_named(tiny_pipelines, tmp_path):
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     assert any("expected a CogVideoX pipeline, got FluxPipeline" in line for line in examine(folder).lines)
     assert examine(tmp_path / "none").problems == 1
+
+
+def test_what_may_be_a_control_model(tmp_path):
+    """Fun Pose and Control take 32 channels too, and their pipelines' names begin as ours do."""
+    for variant, doubted in (("5B", True), ("2B", True), ("5B-I2V", False), ("1.5-5B-I2V", False)):
+        tiny_transformer(variant, in_channels=32).save_pretrained(tmp_path / variant / "transformer")
+        took = load.find_model(tmp_path / variant / "transformer").took
+        assert ("or it is a control model, which this pack does not run" in took) == doubted, took
+    for name in ("CogVideoX_Fun_Pipeline_Inpaint", "CogVideoXFunControlPipeline", "CogVideoXControlnetPipeline"):
+        (tmp_path / "5B" / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        with pytest.raises(SpecError, match=f"got {name}, which needs control or in-painting"):
+            load.check_pipeline(tmp_path / "5B")
 
 
 def test_parts_without_the_index(tiny_pipelines, tmp_path):
