@@ -39,6 +39,7 @@ from .files import (
 from .gguf_files import gguf_names
 from .keys import DIFFUSERS, Shape, find_component
 from .quantized_files import GGUF, describe
+from .sources import parts_of
 from .vae import SMALLEST
 from .vae_ladder import RAM_SHARE
 
@@ -254,7 +255,7 @@ def examine(path: Path) -> Report:
         report.add("problem: there is no such file or folder.", 1)
     elif is_file(path / INDEX):
         _examine_pipeline(path, report)
-    elif is_folder(path) and not is_file(path / CONFIG) and any(is_folder(path / kind.folder) for kind in KINDS):
+    elif is_folder(path) and not is_file(path / CONFIG) and _parts(path):
         report.add("what: parts of a pipeline, without its model_index.json: the parts load one by one", 1)
         _examine_parts(path, report)
     else:
@@ -307,13 +308,18 @@ def _examine_pipeline(folder: Path, report: Report) -> None:
 
 def _examine_parts(folder: Path, report: Report, complete: bool = False) -> list[Found]:
     found = []
-    for kind in KINDS:
-        if complete or os.path.exists(folder / kind.folder):
-            report.add(f"{kind.folder}:", 1)
-            one = _examine_component(folder / kind.folder, report, depth=2)
-            found += [one] if one else []
+    for name in [kind.folder for kind in KINDS] if complete else _parts(folder):
+        report.add(f"{name}:", 1)
+        one = _examine_component(folder / name, report, depth=2)
+        found += [one] if one else []
     _memory_lines(found, report)
     return found
+
+
+def _parts(folder: Path) -> list[str]:
+    """The folders of parts, by their usual names or by what is in them."""
+    usual = [kind.folder for kind in KINDS if os.path.exists(folder / kind.folder)]
+    return list(dict.fromkeys([*usual, *parts_of(folder)]))
 
 
 def _examine_component(path: Path, report: Report, depth: int = 1) -> Found | None:
@@ -335,7 +341,7 @@ def _memory_lines(found: list[Found], report: Report) -> None:
         line = f"memory: {one.kind.word} weights {_gb(one.weights)}"
         line += f" (in {names[one.loaded_dtype]})" if not one.component.layers else ""
         working = 0.0
-        if one is model:
+        if isinstance(one.component.spec, ModelSpec):
             working = sampling_memory(one.component.spec, one.loaded_dtype)
             line += (f"; a step at {size_words(one.component.spec)} {_gb(working)} more, "
                      f"{_gb(sampling_memory(one.component.spec, one.loaded_dtype, 2))} with both prompts at once")

@@ -1,8 +1,8 @@
 """Where models are: names that users choose, and the paths behind them, through ComfyUI's ``folder_paths``.
 
-HF pipeline folders lie under ``models/diffusers`` or ``models/CogVideo``, single files under ``diffusion_models``,
-``text_encoders`` and ``vae``. Names are paths below those folders, with forward slashes. One pipeline comes with the
-pack: the embedded demo model.
+HF pipeline folders and component folders lie under ``models/diffusers`` or ``models/CogVideo``, single files under
+``diffusion_models``, ``text_encoders`` and ``vae``, and where other packs put them under ``CogVideo``. Names are paths
+below those folders, with forward slashes. One pipeline comes with the pack: the embedded demo model.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from pathlib import Path, PurePosixPath
 import folder_paths
 
 from ..models.specs import SpecError
-from .download import RECORD, UNFINISHED
+from .download import UNFINISHED
 from .files import INDEX, is_file, is_folder, pipeline_class
+from .sources import parts_of
 
 PIPELINE_CATEGORY = "diffusers"
 LEGACY_FOLDER = "CogVideo"  # where people who used other packs have their pipeline folders
+LEGACY_FILES = {"transformer": "GGUF", "vae": "VAE", "loras": "loras"}  # their folders for single files, in it
 FILE_CATEGORIES = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
 EMBEDDED = Path(__file__).resolve().parent.parent / "demo" / "CogX-Demo"  # its name means no other folder
 # Of what is listed; what it is, its bytes say.
@@ -28,36 +30,42 @@ _MAX_DEPTH = 3
 def pipeline_roots() -> list[Path]:
     """Where pipeline folders lie."""
     roots = list(folder_paths.get_folder_paths(PIPELINE_CATEGORY))
-    roots += folder_paths.folder_names_and_paths.get(LEGACY_FOLDER, ([],))[0]
-    roots.append(os.path.join(folder_paths.models_dir, LEGACY_FOLDER))
-    return [Path(root) for root in dict.fromkeys(roots)]
+    return [Path(root) for root in dict.fromkeys([*roots, *_legacy_roots()])]
+
+
+def _legacy_roots() -> list[str]:
+    named = folder_paths.folder_names_and_paths.get(LEGACY_FOLDER, ([],))[0]
+    return [*named, os.path.join(folder_paths.models_dir, LEGACY_FOLDER)]
 
 
 def _folders(name: str) -> list[Path]:
-    """The folders ``name`` below the roots. Names cannot leave them: API clients send what they like."""
+    """The folders ``name`` below the roots."""
+    return [place for place in _places(name) if is_folder(place)]
+
+
+def _places(name: str) -> list[Path]:
+    """Where ``name`` may be, below each root. Names cannot leave them: API clients send what they like."""
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
     if not parts or PurePosixPath(name).is_absolute() or any(p == ".." or ":" in p or "\\" in p for p in parts):
         return []
     roots = [EMBEDDED.parent] if _means_embedded(parts[0]) else pipeline_roots()
-    return [folder for root in roots if is_folder(folder := root.joinpath(*parts))]
+    return [root.joinpath(*parts) for root in roots]
 
 
 def _means_embedded(first_part: str) -> bool:
     return first_part == EMBEDDED.name and is_file(EMBEDDED / INDEX)
 
 
-def _folders_below(root: Path, mark: str = INDEX) -> list[str]:
-    """The folders that hold the file ``mark``, as names below ``root``; not those inside each other."""
+def _folders_below(root: Path) -> list[tuple[str, bool]]:
+    """``root`` ('.') and the folders below it by name, and whether each is a pipeline; not those inside of one."""
     names = []
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = [name for name in subfolders if name != UNFINISHED]
         relative = os.path.relpath(folder, root)
-        if mark in files:
-            names.append(Path(relative).as_posix())
+        names.append((Path(relative).as_posix(), INDEX in files))
+        if INDEX in files or (relative.count(os.sep) + 1 >= _MAX_DEPTH and relative != "."):
             subfolders.clear()
-        elif relative.count(os.sep) + 1 >= _MAX_DEPTH and relative != ".":
-            subfolders.clear()
-    return [name for name in names if name != "."]
+    return names
 
 
 def _is_cogvideox(folder: Path) -> bool:
@@ -69,20 +77,22 @@ def _is_cogvideox(folder: Path) -> bool:
 
 def pipeline_names() -> list[str]:
     """Every CogVideoX pipeline folder (one whose model_index.json says so); last the embedded one."""
-    names = {name for root in pipeline_roots() for name in _folders_below(root) if _is_cogvideox(root / name)}
+    names = {name for root in pipeline_roots() for name, whole in _folders_below(root)
+             if whole and name != "." and _is_cogvideox(root / name)}
     own = [EMBEDDED.name] if _means_embedded(EMBEDDED.name) else []
     return sorted(name for name in names if not _means_embedded(name.split("/")[0])) + own
 
 
-def _partial_names() -> list[str]:
-    """Folders into which single parts of a pipeline were downloaded (``download.py``)."""
-    return sorted({name for root in pipeline_roots() for name in _folders_below(root, RECORD)
-                   if not is_file(root / name / INDEX)})
+def _loose_parts() -> list[tuple[Path, str, str]]:
+    """Component folders that are in no pipeline: the folder that each is in, its name below the root, and its kind."""
+    return sorted((root / folder, (PurePosixPath(folder) / name).as_posix(), part)
+                  for root in pipeline_roots() for folder, whole in _folders_below(root) if not whole
+                  for name, part in parts_of(root / folder).items())
 
 
 def partial_folders() -> list[Path]:
-    """As ``_partial_names``: the folders themselves."""
-    return [folder for name in _partial_names() for folder in _folders(name)]
+    """Folders that hold parts of a pipeline without its index; a part that lies below a root by itself."""
+    return list(dict.fromkeys(folder if "/" in name else folder / name for folder, name, _ in _loose_parts()))
 
 
 def download_root(name: str) -> Path:
@@ -130,15 +140,35 @@ def _check_readable(folder: Path) -> None:
 
 
 def component_names(component: str) -> list[str]:
-    """Single files of a component, and the component folders of pipelines ('NAME/transformer'), complete or not."""
-    names = [f"{name}/{component}" for name in [*pipeline_names(), *_partial_names()]]
+    """Single files of a component, the component folders of pipelines ('NAME/transformer'), and those in none."""
+    names = [f"{name}/{component}" for name in pipeline_names()]
+    names += dict.fromkeys(name for _, name, part in _loose_parts() if part == component)
     return file_names(component) + [name for name in names if _folders(name)]
 
 
 def file_names(component: str) -> list[str]:
     """Single files of a component."""
     files = dict.fromkeys([*folder_paths.get_filename_list(FILE_CATEGORIES[component]), *_gguf_names(component)])
-    return [name.replace(os.sep, "/") for name in files if name.lower().endswith(EXTENSIONS)]
+    named = [name.replace(os.sep, "/") for name in files if name.lower().endswith(EXTENSIONS)]
+    return list(dict.fromkeys([*named, *_legacy_names(component)]))
+
+
+def lora_names() -> list[str]:
+    """LoRA files."""
+    return list(dict.fromkeys([*folder_paths.get_filename_list("loras"), *_legacy_names("loras")]))
+
+
+def _legacy_names(kind: str) -> list[str]:
+    """Single files where other packs put them below ``CogVideo``, by name: 'GGUF/x.gguf'. ``kind``: of
+    ``LEGACY_FILES``."""
+    folder = LEGACY_FILES.get(kind)
+    places = [Path(root, folder) for root in _legacy_roots() if folder and is_folder(Path(root, folder))]
+    found = {f"{folder}/{name}" for place in places for name in folder_paths.recursive_search(str(place), [".git"])[0]}
+    return sorted(name.replace(os.sep, "/") for name in found if name.lower().endswith(EXTENSIONS))
+
+
+def _legacy_files(kind: str, name: str) -> list[Path]:
+    return [place for place in _places(name) if is_file(place)] if name in _legacy_names(kind) else []
 
 
 def _gguf_names(component: str) -> list[str]:
@@ -158,7 +188,7 @@ def component_path(component: str, name: str) -> Path:
     """
     category = FILE_CATEGORIES[component]
     full = folder_paths.get_full_path(category, name) if isinstance(name, str) else None
-    found = [Path(full)] if full else _folders(name)
+    found = [Path(full)] if full else _folders(name) or _legacy_files(component, name)
     if found:
         return found[0]
     raise SpecError(f"{component} {str(name)[:80]!r} not found: expected a file in "
@@ -188,9 +218,10 @@ def lora_path(name: str) -> Path:
         SpecError: there is none of this name; says where to put it.
     """
     full = folder_paths.get_full_path("loras", name) if isinstance(name, str) else None
-    if full is None:
-        names = folder_paths.get_filename_list("loras")
+    found = [Path(full)] if full else _legacy_files("loras", name)
+    if not found:
+        names = lora_names()
         raise SpecError(f"LoRA {str(name)[:80]!r} not found: expected a file in "
                         f"{folder_paths.get_folder_paths('loras')}; found {len(names)}, such as {names[:5]}. Put the "
                         "file there and refresh the page.")
-    return Path(full)
+    return found[0]

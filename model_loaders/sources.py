@@ -11,10 +11,36 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..models.specs import SpecError
-from .files import CONFIG, INDEX, component_folder, is_file, is_folder, weight_set
+from .detect import TEXT_CLASSES, TRANSFORMER_CLASS, VAE_CLASS
+from .download import RECORD
+from .files import CONFIG, INDEX, component_folder, is_file, is_folder, read_json, weight_set
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
 TOKENIZER = "tokenizer.json"
+
+
+def parts_of(folder: Path) -> dict[str, str]:
+    """The folders in ``folder`` that hold a component, such as transformer_I2V, and which component each holds.
+
+    Their config.json says it. Many models have a T5 encoder: one counts beside another part of CogVideoX. In what
+    this pack downloaded the names say it.
+    """
+    names = sorted(next(os.walk(folder), ("", [], []))[1])
+    found = {name: part for name in names if (part := _part_by_config(folder / name / CONFIG))}
+    if is_file(folder / RECORD):
+        return found | {name: name for name in COMPONENTS if name in names}
+    return found if set(found.values()) - {"text_encoder"} else {}
+
+
+def _part_by_config(file: Path) -> str | None:
+    try:
+        config = read_json(file) if is_file(file) else {}
+    except SpecError:
+        return None
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and any(name in TEXT_CLASSES for name in architectures):
+        return "text_encoder"
+    return {TRANSFORMER_CLASS: "transformer", VAE_CLASS: "vae"}.get(str(config.get("_class_name")))
 
 
 def config_of(path: Path) -> Path | None:

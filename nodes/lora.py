@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..model_loaders import folders
@@ -26,7 +25,7 @@ class LoadLora(io.ComfyNode):
             search_aliases=["CogVideoX LoRA", "CogVideo lora loader", "finetrainers lora", "DoRA", "LoKr"],
             inputs=[
                 io.Model.Input("model", tooltip="A CogVideoX model. Several LoRAs: one node after another."),
-                io.Combo.Input("lora", options=folder_paths.get_filename_list("loras"), tooltip="A file below "
+                io.Combo.Input("lora", options=folders.lora_names(), tooltip="A file below "
                                "models/loras. Its keys say which trainer made it, its name nothing."),
                 io.Float.Input("strength", default=1.0, min=-100.0, max=100.0, step=0.01, tooltip="How much of it. 1 "
                                "is what the author meant, 0 nothing, below 0 the opposite."),
