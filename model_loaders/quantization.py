@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import re
 from collections import Counter
@@ -25,6 +26,8 @@ from torch import Tensor
 from ..models.specs import SpecError
 from . import gguf_blocks
 from .quantized_files import FULL_PRECISION, GGUF, Layers, StoredWeight
+
+log = logging.getLogger("cogx")
 
 # The one table of what is quantized: the large products of every block. Norms with their modulations, embeddings, and
 # the patch and output projections stay in high precision; together they are few, and every token passes through them.
@@ -52,7 +55,7 @@ class Format:
     support: str | None = None  # the question to comfy.model_management whether the card has it
 
 
-_E4M3_MAX, _E2M1_MAX = 448.0, 6.0
+_E5M2_MAX, _E4M3_MAX, _E2M1_MAX = 57344.0, 448.0, 6.0
 FORMATS = {
     "fp8_e4m3fn": Format("float8_e4m3fn", conf={FULL_PRECISION: True}, largest=_E4M3_MAX),
     "fp8_scaled": Format("float8_e4m3fn", largest=_E4M3_MAX),
@@ -60,6 +63,7 @@ FORMATS = {
     "mxfp8": Format("mxfp8", multiple=32, support="supports_mxfp8_compute"),
     "nvfp4": Format("nvfp4", multiple=16, largest=_E4M3_MAX * _E2M1_MAX, support="supports_nvfp4_compute"),
 }
+_LARGEST_FP8 = {"float8_e4m3fn": _E4M3_MAX, "float8_e5m2": _E5M2_MAX}
 
 
 # --- What this ComfyUI and this card can do ---
@@ -142,14 +146,32 @@ def prepared(pieces: Iterable[tuple[str, Tensor | StoredWeight]], component: str
     """
     out: dict[str, Tensor] = {}
     form = FORMATS.get(quantization)
+    rescaled = 0
     for key, value in pieces:
         layer = key.removesuffix(".weight")
         if isinstance(value, StoredWeight) and not is_linear(key, value.shape):
             value = dequantized(value, dtype).reshape(value.shape)
+        elif isinstance(value, StoredWeight) and _is_fp8_by_row(value):
+            value, rescaled = _with_one_scale(value), rescaled + 1
         elif form and not isinstance(value, StoredWeight) and wants(component, key, value.shape, form):
             value = quantized(value, form)
         out.update(value.entries(layer) if isinstance(value, StoredWeight) else {key: value})
+    if rescaled:
+        log.warning("%d layers are fp8 with a scale for each row, which ComfyUI does not compute with: rounded again "
+                    "with one scale for each weight. An int8 or unquantized file loses nothing.", rescaled)
     return out
+
+
+def _is_fp8_by_row(weight: StoredWeight) -> bool:
+    return weight.conf["format"] in _LARGEST_FP8 and weight.companions["weight_scale"].numel() > 1
+
+
+def _with_one_scale(weight: StoredWeight) -> StoredWeight:
+    """ComfyUI's fp8 layers take one scale: of several, a GPU refuses them in the run, or reads the first for all."""
+    name = weight.conf["format"]
+    form = Format(name, conf=weight.conf, largest=_LARGEST_FP8[name])
+    again = quantized(dequantized(weight, torch.float32), form)
+    return dataclasses.replace(again, companions={**weight.companions, **again.companions})
 
 
 def is_linear(key: str, shape: tuple[int, ...]) -> bool:
@@ -214,9 +236,10 @@ def operations(dtype: torch.dtype, full_precision: bool = False) -> Any:
     """
     management = comfy.model_management
     device = management.get_torch_device()
-    supported = {"float8_e4m3fn": management.supports_fp8_compute, "float8_e5m2": management.supports_fp8_compute,
-                 "mxfp8": management.supports_mxfp8_compute, "nvfp4": management.supports_nvfp4_compute}
+    supported = {"float8_e4m3fn": management.supports_fp8_compute, "mxfp8": management.supports_mxfp8_compute,
+                 "nvfp4": management.supports_nvfp4_compute}
     emulated = {name for name, supports in supported.items() if not supports(device)}
+    emulated.add("float8_e5m2")  # no card multiplies it by itself, and two bits are too few for what is multiplied
     host = comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=full_precision, disabled=emulated)
 
     class Operations(host):

@@ -77,6 +77,16 @@ def metadata_fp8(path: Path, tensors: Tensors, choose: Choose) -> Path:
     return _safetensors(path, tensors, choose, quantize, metadata=notes)
 
 
+def rows_fp8(path: Path, tensors: Tensors, choose: Choose, dtype: torch.dtype = torch.float8_e4m3fn) -> Path:
+    """fp8 with a scale for each row, as vLLM's and torchao's tools write it."""
+
+    def quantize(layer: str, weight: Tensor) -> dict[str, Tensor]:
+        scale = weight.float().abs().amax(1, keepdim=True) / torch.finfo(dtype).max
+        return {f"{layer}.weight": (weight.float() / scale).to(dtype), f"{layer}.weight_scale": scale}
+
+    return _safetensors(path, tensors, choose, quantize)
+
+
 def plain_int8(path: Path, tensors: Tensors, choose: Choose) -> Path:
     """int8 and a scale per row, with no note of a tool."""
 

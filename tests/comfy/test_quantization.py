@@ -75,6 +75,14 @@ def test_multiplied_in_fp8(monkeypatch, reference, error):
     assert not linear(torch.zeros_like(x)).sub(linear.bias).any()
 
 
+def test_e5m2_is_never_multiplied(monkeypatch, tmp_path):
+    """Two bits are enough for weights and too few for what is multiplied with them."""
+    path = str(writers.rows_fp8(tmp_path / "x.safetensors", demo_tensors(), chosen, torch.float8_e5m2))
+    unpacked = forward(load.load_model(path))
+    monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device=None: True)
+    assert torch.equal(forward(load.load_model(path)), unpacked)
+
+
 @pytest.mark.parametrize("name, bound", [("mxfp8", 0.04), ("nvfp4", 0.12)])
 def test_the_formats_of_blackwell_unpacked(monkeypatch, tmp_path, reference, error, name, bound):
     """Made here as on such a card, and unpacked as on one that only reads such a file."""
@@ -212,6 +220,21 @@ def test_an_int8_file(tmp_path, error):
     assert model.model.diffusion_model.transformer_blocks[0].attn1.to_q.quant_format == "int8_tensorwise"
     plain = saved(tmp_path / "plain.safetensors", demo_tensors())
     assert error(forward(model), forward(load.load_model(str(plain)))) <= 0.03
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float8_e4m3fn, 0.06), (torch.float8_e5m2, 0.12)])
+def test_fp8_of_rows_gets_one_scale(tmp_path, error, caplog, dtype, bound):
+    """ComfyUI's layers know no other; on a CPU they would pass, on a GPU they fail or read the first of the scales."""
+    tensors = demo_tensors()
+    path = writers.rows_fp8(tmp_path / "x.safetensors", tensors, chosen, dtype)
+    model = load.load_model(str(path), variant="5B")
+    held = {key: value for key, value in model.model.diffusion_model.named_parameters()
+            if isinstance(value, comfy.quant_ops.QuantizedTensor)}
+    assert len(held) == 48 and all(value._qdata.dtype == dtype for value in held.values())
+    assert all(value._params.scale.numel() == 1 for value in held.values())
+    plain = load.load_model(str(saved(tmp_path / "plain.safetensors", tensors)), variant="5B")
+    assert 1e-4 < error(forward(model), forward(plain)) <= bound
+    assert "48 layers are fp8 with a scale for each row" in caplog.text
 
 
 @pytest.mark.parametrize("name", writers.K_PACKERS)
