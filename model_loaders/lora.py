@@ -21,7 +21,7 @@ from torch import Tensor
 from ..models.specs import SpecError
 from .files import read_header, readable_kind
 from .lora_keys import Change, Plan, Shape, plan, rank_of
-from .lora_scale import Scale, Settings, accepted, scale_of, settings_beside, settings_in
+from .lora_scale import Scale, Settings, accepted, scale_of, settings_beside, settings_in, words_in
 from .weights import read_tensors
 
 log = logging.getLogger("cogx")
@@ -122,16 +122,20 @@ def load_lora(model: Any, path: Path, strength: float) -> tuple[Any, str]:
 
 
 def _settings(path: Path, file: LoraFile, what: Plan) -> tuple[Settings | None, str]:
+    if all(change.kind == "diff" or "alpha" in change.roles for change in what.changes):
+        return None, ""  # then they decide nothing, whatever they are
     shapes = file.shapes
     ranks = {rank for change in what.changes if (rank := rank_of(change, shapes)) is not None}
-    inside = settings_in(file.metadata, "its metadata")
-    return accepted(inside, ranks) if inside else settings_beside(path, ranks)
+    source = "its metadata"
+    inside = settings_in(file.metadata, source)
+    settings, warning = accepted(inside, ranks) if inside else settings_beside(path, ranks)
+    return settings, " ".join(filter(None, [warning, "" if inside else words_in(file.metadata, source)]))
 
 
 def _check_finite(what: Plan, file: LoraFile) -> None:
     for change in what.changes:
         for key in change.roles.values():
-            if not file.tensors[key].isfinite().all():
+            if not file.tensors[key].float().isfinite().all():  # fp8 cannot be asked
                 raise SpecError(f"{file.name}: {key} holds NaN or infinite values, which make a black video. Download "
                                 "it again.")
 

@@ -1,7 +1,8 @@
 """How strongly a LoRA's author meant it: the factor on up @ down, and where that is known from.
 
-Pure. In this order: the alpha tensor of the module; the training settings in the file's metadata, or in a JSON file
-beside it; the trainer's default. Settings are lora_alpha and r as peft writes them, with alpha_pattern and use_rslora.
+Pure. In this order: the alpha tensor of the module; for modules without one the training settings in the file's
+metadata, or in a JSON file beside it; the trainer's default. Settings are lora_alpha and r as peft writes them, with
+alpha_pattern and use_rslora.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _OBJECTS = ("lora_adapter_metadata", "lora_config")
 _ALPHA_NAMES = ("lora_alpha", "ss_network_alpha", "network_alpha", "alpha")
 _RANK_NAMES = ("r", "ss_network_dim", "network_dim", "lora_rank", "rank")
 _UNSET = (None, "", "None")  # metadata holds strings only
+_KOHYA = "ss_"  # tools that change the rank of a LoRA write words in place of these numbers, such as Dynamic
 _WEIGHTS = (".safetensors", ".sft", ".pt", ".bin", ".pth", ".ckpt")
 
 
@@ -101,10 +103,9 @@ def _object(text: str, name: str, source: str) -> dict[str, Any]:
 
 
 def _settings(values: Mapping[str, Any], source: str) -> Settings | None:
-    alpha = next((values[name] for name in _ALPHA_NAMES if values.get(name) not in _UNSET), None)
+    alpha, rank = _first(values, _ALPHA_NAMES), _first(values, _RANK_NAMES)
     if alpha is None:
         return None
-    rank = next((values[name] for name in _RANK_NAMES if values.get(name) not in _UNSET), None)
     return Settings(
         alpha=_number(alpha, "lora_alpha", source),
         rank=None if rank is None else int(_number(rank, "r", source)),
@@ -112,6 +113,20 @@ def _settings(values: Mapping[str, Any], source: str) -> Settings | None:
         other_ranks=tuple(int(value) for value in _pattern(values, "rank_pattern", source).values()),
         patterns={_plain(name, source): value for name, value in _pattern(values, "alpha_pattern", source).items()},
         rslora=values.get("use_rslora") is True)
+
+
+def _first(values: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((values[name] for name in names if values.get(name) not in _UNSET and not _is_word(values, name)), None)
+
+
+def _is_word(values: Mapping[str, Any], name: str) -> bool:
+    return name.startswith(_KOHYA) and values.get(name) not in _UNSET and not math.isfinite(_float(values[name]))
+
+
+def words_in(values: Mapping[str, Any], source: str) -> str:
+    """A warning if kohya's settings have a word where alpha should be; empty if not."""
+    return "".join(f"{name} {str(values[name])[:40]!r} in {source} is no number and is not used."
+                   for name in _ALPHA_NAMES if _is_word(values, name))
 
 
 def _pattern(values: Mapping[str, Any], name: str, source: str) -> dict[str, float]:
@@ -122,13 +137,17 @@ def _pattern(values: Mapping[str, Any], name: str, source: str) -> dict[str, flo
 
 
 def _number(value: Any, name: str, source: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
+    number = _float(value)
     if not math.isfinite(number):
         raise SpecError(f"{name} in {source}: expected a number, got {str(value)[:40]!r}. Correct it.")
     return number
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _plain(name: str, source: str) -> str:

@@ -308,6 +308,23 @@ def test_settings_of_another_lora(model, trained, tmp_path):
     assert "lora_alpha 1 in adapter_config.json is not used: it is for rank 64, the LoRA has 4." in report
 
 
+def test_a_resized_lora_in_fp8(model, trained, error, tmp_path):
+    """Dynamic in the metadata, alpha in each module: the settings are not needed. One that lacks its alpha is told."""
+    values = load_file(lora_files.kohya(trained, tmp_path))
+    in_fp8 = {key: value.to(torch.float8_e4m3fn) for key, value in values.items()}
+    said = {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
+    save_file(in_fp8, tmp_path / "fp8.safetensors", said)
+    save_file({key: value.float() for key, value in in_fp8.items()}, tmp_path / "plain.safetensors")
+    (ours, report), (plain, _) = (load_lora(model, tmp_path / f"{name}.safetensors", 1.0) for name in ("fp8", "plain"))
+    assert error(weights(ours)[ONE], weights(plain)[ONE]) <= 1e-6
+    assert error(weights(ours)[ONE], trained.merged[ONE]) <= 0.06 and "alpha 2 in the file" in report
+    assert "is not used" not in report
+    save_file({key: value for key, value in values.items() if not key.endswith(".alpha")},
+              tmp_path / "bare.safetensors", said)
+    report = load_lora(model, tmp_path / "bare.safetensors", 1.0)[1]
+    assert "the file does not say" in report and "ss_network_alpha 'Dynamic' in its metadata is no number" in report
+
+
 def test_exports_of_sat(model, trained, error, tmp_path):
     """They have diffusers' keys and do not say that alpha is 1. The node names the remedy, and the remedy works."""
     path = changed(trained, tmp_path, lambda values: {k: v * lora_files.ALPHA**0.5 for k, v in values.items()})

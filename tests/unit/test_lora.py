@@ -6,7 +6,7 @@ import json
 
 import pytest
 from cogx.model_loaders.lora_keys import is_text, plan, rank_of, read_key
-from cogx.model_loaders.lora_scale import accepted, scale_of, settings_beside, settings_in
+from cogx.model_loaders.lora_scale import accepted, scale_of, settings_beside, settings_in, words_in
 from cogx.models.specs import SpecError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -144,6 +144,15 @@ PEFT = {"transformer.r": 64, "transformer.lora_alpha": 32,
 def test_scales(expected, words, arguments):
     value, source = scale(64, **arguments)
     assert value == pytest.approx(expected) and words in source
+
+
+def test_words_of_resizers():
+    """kohya's resizer writes Dynamic where each module has a rank and an alpha of its own."""
+    both = {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
+    assert scale(64, metadata=both) == scale(64)
+    assert scale(64, metadata={**both, "ss_network_alpha": "32"})[0] == 0.5
+    assert words_in(both, "its metadata") == "ss_network_alpha 'Dynamic' in its metadata is no number and is not used."
+    assert words_in({"ss_network_dim": "Dynamic", "ss_network_alpha": "None"}, "x") == ""
 
 
 def test_scale_without_a_rank():
