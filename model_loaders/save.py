@@ -81,13 +81,18 @@ def _estimate(patcher: Any, quantization: str) -> int:
     """Bytes of the file, from above."""
     total = 2**20
     for key, value in patcher.model.diffusion_model.named_parameters():
-        held = value.nbytes if _is_quantized(value) else value.numel() * value.element_size()
-        if quantization == "none":
-            held = value.numel() * value.element_size()
-        elif quantization in FORMATS and wants("transformer", key, value.shape, FORMATS[quantization]):
+        unpacked = value.numel() * _dtype_of(patcher, key, value).itemsize
+        held = value.nbytes if _is_quantized(value) and quantization != "none" else unpacked
+        if quantization in FORMATS and wants("transformer", key, value.shape, FORMATS[quantization]):
             held = value.numel()
         total += held + held // 20
     return total
+
+
+def _dtype_of(patcher: Any, name: str, value: Any) -> torch.dtype:
+    """What the loader chose for the parameter ``name``: under dynamic VRAM it stays as in the file until it is used."""
+    module, leaf = comfy.utils.resolve_attr(patcher.model.diffusion_model, name)
+    return getattr(module, f"{leaf}_comfy_model_dtype", None) or value.dtype
 
 
 def _check_space(path: Path, needed: int) -> None:
@@ -167,7 +172,7 @@ def _finite(name: str, merged: Tensor) -> Tensor:
 
 def _as_stored(patcher: Any, name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if not _is_quantized(value):
-        yield name, value
+        yield name, value.to(_dtype_of(patcher, name, value))
         return
     layer = name.removesuffix(".weight")
     module = comfy.utils.get_attr(patcher.model.diffusion_model, layer)

@@ -68,6 +68,21 @@ def test_saved_quantized_is_loaded_quantized(tmp_path, monkeypatch, quantize):
             key for key in made.model.state_dict() if "comfy_quant" in key}
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_loaders_dtype_is_written(tmp_path, merge):
+    """Under dynamic VRAM a parameter stays as in the file until it is used, and only its module knows its dtype."""
+    model, paths = load.load_model(str(TRANSFORMER), "bf16"), [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    save.save_model(with_lora(model), paths[0], merge_loras=merge)
+    in_file = {key: value.float() for key, value in demo_tensors().items()}
+    model.model.diffusion_model.load_state_dict(in_file, assign=True)  # as a ModelPatcherDynamic is filled
+    estimate = save._estimate(model, save.AS_LOADED)
+    save.save_model(with_lora(model), paths[1], merge_loras=merge)
+    first, second = map(load_file, paths)
+    assert {value.dtype for value in second.values()} == {torch.bfloat16}
+    assert all(torch.allclose(value, second[key], rtol=2**-6, atol=1e-3) for key, value in first.items())
+    assert paths[1].stat().st_size <= estimate < 2 * paths[1].stat().st_size
+
+
 def test_gguf_is_saved_as_it_is_or_unpacked(tmp_path):
     source = writers.write_gguf(tmp_path / "x.gguf", demo_tensors(), chosen, "Q5_0")
     model = load.load_model(str(source), variant="5B")
