@@ -99,7 +99,7 @@ def _layer(key: str) -> str:
 
 def _see(component: str, path: Path) -> _Seen:
     source = describe(weight_set(path))
-    check_stored(source.layers, str(path))
+    check_stored(source, str(path))
     found = find_component(component, {key: info.shape for key, info in source.tensors.items()})
     if found is None:
         raise SpecError(f"{path}: {not_this(*_WANTED[component], source.tensors)}")

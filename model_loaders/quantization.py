@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..models.specs import SpecError
 from . import gguf_blocks
-from .quantized_files import FULL_PRECISION, GGUF, Layers, StoredWeight
+from .quantized_files import FULL_PRECISION, GGUF, Described, Layers, StoredWeight
 
 log = logging.getLogger("cogx")
 
@@ -91,18 +91,27 @@ def check_quantization(name: str, layers: Layers) -> None:
                         "again only loses quality. Choose none, or an unquantized file.")
 
 
-def check_stored(layers: Layers, where: str) -> None:
-    """Refuse a file in a format that this ComfyUI does not have.
+def check_stored(source: Described, where: str) -> None:
+    """Refuse a file in a format that this ComfyUI does not have, or with scales that it would leave out.
 
     Raises:
         SpecError: names the ComfyUI, or the package, that it needs.
     """
     needs = {form.algorithm: form.comfyui for form in FORMATS.values()}
-    for stored in sorted({conf["format"] for conf in layers.values()}):
+    for stored in sorted({conf["format"] for conf in source.layers.values()}):
         _check_kitchen(f"{where}, which is quantized as {stored}")
         if stored.startswith(GGUF):
             continue
         _check_host(f"{where}, which is quantized as {stored}", stored, needs.get(stored, "0.30"))
+    for layer, names in source.companions.items():
+        stored = source.layers[layer]["format"]
+        read = set(comfy.quant_ops.QUANT_ALGOS.get(stored, {}).get("parameters", ()))  # none beside GGUF blocks
+        # Where it is not read, what comes in is not quantized with it either.
+        unread = sorted(names - read - {"input_scale"})
+        if unread:
+            raise SpecError(f"{where}: {layer} has a {unread[0]}, which this ComfyUI does not apply to {stored}, so "
+                            f"that the weights would be wrong. Expected {sorted(read)}. Update ComfyUI, or take "
+                            "another file.")
 
 
 def _check_kitchen(what: str) -> None:
@@ -222,7 +231,12 @@ def dequantized(weight: StoredWeight, dtype: torch.dtype) -> Tensor:
     weight = dataclasses.replace(weight, data=weight.data.flatten(1))
     layer = operations(dtype).Linear(columns, rows, bias=False, dtype=dtype)
     layer.load_state_dict({key.removeprefix("layer."): value for key, value in weight.entries("layer").items()})
-    return layer.weight.dequantize()
+    return smoothed(layer.weight.dequantize(), weight.companions.get("pre_quant_scale"))
+
+
+def smoothed(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """``weight`` [out, in] with what ComfyUI's layer multiplies its input by: ``pre_quant_scale`` [in], or None."""
+    return weight if scale is None else weight * scale.to(device=weight.device, dtype=weight.dtype)
 
 
 # --- Layers ---

@@ -65,12 +65,14 @@ class StoredWeight:
 
 
 class Described(NamedTuple):
-    """What is in some files, by their own keys: plain names and shapes, what is quantized, and their metadata."""
+    """What is in some files, by their own keys: plain names and shapes, what is quantized, their metadata, and what
+    stands beside each quantized weight, by ComfyUI's names."""
 
     files: list[Path]
     tensors: dict[str, TensorInfo]
     layers: Layers
     metadata: dict[str, Any]
+    companions: dict[str, set[str]]
 
 
 def describe(files: list[Path]) -> Described:
@@ -100,7 +102,8 @@ def describe(files: list[Path]) -> Described:
             metadata.update(noted)
             notes.update(_small_tensors(file, _notes_in(found)))
     plain, layers = _plain(tensors, metadata, notes, str(files[0] if len(files) == 1 else files[0].parent))
-    return Described(files, {**plain, **packed}, {**layers, **_gguf_layers(packed)}, metadata)
+    beside = {layer: {new for old, new in _COMPANIONS.items() if f"{layer}.{old}" in tensors} for layer in layers}
+    return Described(files, {**plain, **packed}, {**layers, **_gguf_layers(packed)}, metadata, beside)
 
 
 def gather(stored: dict[str, Tensor], layers: Layers, shapes: Mapping[str, TensorInfo]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..models.cogvideox.transformer import with_published_keys
 from ..models.specs import ModelSpec, SpecError
-from .quantization import FORMATS, as_bytes, check_quantization, quantized, wants
+from .quantization import FORMATS, as_bytes, check_quantization, quantized, smoothed, wants
 from .quantized_files import Layers
 from .saved_spec import spec_metadata
 
@@ -153,7 +153,9 @@ def _entries(patcher: Any, name: str, quantization: str, merge_loras: bool) -> I
         value = quantized(_finite(name, _merged(patcher, key, value)) if merge else value.detach(), form)
         yield from value.entries(layer).items()
     elif _is_quantized(value) and quantization == "none":
-        yield name, _finite(name, _merged(patcher, key, value).to(value.dtype)) if merge else value.dequantize()
+        weight = _finite(name, _merged(patcher, key, value).to(value.dtype)) if merge else value.dequantize()
+        module = comfy.utils.get_attr(patcher.model.diffusion_model, layer)
+        yield name, smoothed(weight, getattr(module, "pre_quant_scale", None))
     elif merge:
         # ComfyUI's own merge: a quantized weight comes back quantized as it was, rounded as in a run.
         merged = patcher.patch_weight_to_device(key, device_to=patcher.load_device, return_weight=True)

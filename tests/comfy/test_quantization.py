@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import comfy.sample
 import numpy as np
 import pytest
 import torch
-from cogx.model_loaders import load, quantization, text_encoder
+from cogx.model_loaders import load, quantization, save, text_encoder
 from cogx.model_loaders.saved_spec import spec_metadata
 from cogx.models.specs import SpecError
 from cogx.samplers import adapter
@@ -22,7 +23,8 @@ from cogx.tests import quantized_writers as writers
 from cogx.tests.comfy.demo import GUIDANCE, STEPS, TEXT_TOKENS
 from cogx.tests.comfy.quantized import DEMO, TRANSFORMER, chosen, demo_tensors, forward, saved
 from cogx.tests.layout_writers import core_transformer, sat_transformer
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(autouse=True)
@@ -353,6 +355,53 @@ def test_refused_before_the_run(monkeypatch, q8_0, tmp_path):
         quantization.check_quantization("int8", {})
     with pytest.raises(SpecError, match=r"x\.safetensors, which is quantized as int8_tensorwise: expected ComfyUI"):
         load.find_model(int8)
+
+
+SMOOTH = "pre_quant_scale"
+
+
+@pytest.mark.parametrize("form, name, refused", [
+    ("float8_e4m3fn", SMOOTH, True), ("float8_e4m3fn", "weight_scale_2", True), ("int8_tensorwise", SMOOTH, True),
+    ("gguf_Q8_0", "weight_scale", True), ("nvfp4", SMOOTH, False), ("int8_tensorwise", "input_scale", False)])
+def test_scales_that_this_comfyui_leaves_out_are_refused(monkeypatch, form, name, refused):
+    """The host loads what its table names, and drops the rest without a word; 0.24 reads no pre_quant_scale at all."""
+    from cogx.model_loaders.quantized_files import Described
+
+    algorithms = comfy.quant_ops.QUANT_ALGOS
+    both = {"weight_scale", "weight_scale_2", "input_scale"}
+    monkeypatch.setitem(algorithms, "nvfp4", {**algorithms["nvfp4"], "parameters": both | {SMOOTH}})
+    monkeypatch.setitem(algorithms, "int8_tensorwise", {"parameters": {"weight_scale"}})
+    source = Described([], {}, {"a": {"format": form}}, {}, {"a": {name}})
+    words = rf"x: a has a {name}, which this ComfyUI does not apply to {form}, .* Update ComfyUI, or take another file"
+    if refused:
+        with pytest.raises(SpecError, match=words):
+            quantization.check_stored(source, "x")
+        return
+    quantization.check_stored(source, "x")
+    if name == SMOOTH:
+        monkeypatch.setitem(algorithms, "nvfp4", {**algorithms["nvfp4"], "parameters": both})
+        with pytest.raises(SpecError, match=words):
+            quantization.check_stored(source, "x")
+
+
+def test_what_smooths_the_input_stays(tmp_path, monkeypatch, error):
+    """nvfp4 with pre_quant_scale, held as it is, and unpacked by the saver and by the reader of joined weights."""
+    monkeypatch.setattr(load, "check_quantization", lambda *args: None)
+    layer, path = "transformer_blocks.0.ff.net.2", tmp_path / "x.safetensors"
+    model = load.load_model(str(TRANSFORMER), "auto", "nvfp4")
+    save.save_model(model, path)
+    scale = torch.rand(512, generator=torch.Generator().manual_seed(0)) + 0.5
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    save_file({**load_file(path), f"{layer}.{SMOOTH}": scale}, path, metadata)
+    smooth = load.load_model(str(path))
+    assert error(forward(smooth), forward(model)) > 1e-3
+    save.save_model(smooth, tmp_path / "none.safetensors", "none")
+    assert error(forward(load.load_model(str(tmp_path / "none.safetensors"))), forward(smooth)) <= 1e-5
+    stored = dict(load.find_model(path).pieces(torch.float32))[f"{layer}.weight"]
+    plain = replace(stored, companions={key: value for key, value in stored.companions.items() if key != SMOOTH})
+    ours, without = (quantization.dequantized(each, torch.float32) for each in (stored, plain))
+    assert torch.equal(ours, without * scale)
 
 
 def test_the_nodes_offer_what_there_is():

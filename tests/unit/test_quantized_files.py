@@ -28,7 +28,7 @@ FP8, FULL = "float8_e4m3fn", {"full_precision_matrix_mult": True}
 def test_plain_names_and_one_weight_per_layer(tmp_path, write, conf, dtype):
     name = "x.gguf" if write is writers.write_gguf else "x.safetensors"
     path = write(tmp_path / name, PLAIN, lambda key: key == "a.b.weight")
-    _, tensors, layers, _ = describe([path])
+    _, tensors, layers, *_ = describe([path])
     assert layers == {"a.b": conf}
     assert tensors == {"a.b.weight": (dtype, (6, 64)), "a.b.bias": ("F32", (6,)), "norm.weight": ("F32", (64,))}
     if path.suffix == ".gguf":
@@ -80,9 +80,9 @@ def scaled(form: str, weight: tuple[int, ...], **scales: tuple[int, ...]) -> dic
 
 
 GOOD_SCALES = [(FP8, (6, 64), {"weight_scale": shape}) for shape in ((), (1,), (1, 1), (6,), (6, 1))] + [
-    (FP8, (6, 64), {"scale_weight": (), "scale_input": (1,), "pre_quant_scale": (64,)}),
+    (FP8, (6, 64), {"scale_weight": (), "scale_input": (1,)}),
     ("int8_tensorwise", (6, 64), {"weight_scale": (6, 1)}), ("mxfp8", (160, 160), {"weight_scale": (256, 8)}),
-    ("nvfp4", (32, 40), {"weight_scale": (128, 8), "weight_scale_2": ()}),
+    ("nvfp4", (32, 40), {"weight_scale": (128, 8), "weight_scale_2": (), "pre_quant_scale": (80,)}),
 ]
 BAD_SCALES = [
     (FP8, (6, 64), {"weight_scale": (3,)}, "weight_scale", r"\[\] or \[1\] or \[1, 1\] or \[6\] or \[6, 1\]"),
@@ -100,7 +100,10 @@ BAD_SCALES = [
 @pytest.mark.parametrize("form, weight, scales", GOOD_SCALES)
 def test_scales_that_fit(tmp_path, form, weight, scales):
     save_file(scaled(form, weight, **scales), tmp_path / "x.safetensors")
-    assert describe([tmp_path / "x.safetensors"]).layers == {"a": {"format": form}}
+    found = describe([tmp_path / "x.safetensors"])
+    assert found.layers == {"a": {"format": form}}
+    names = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
+    assert found.companions == {"a": {names.get(name, name) for name in scales}}
 
 
 @pytest.mark.parametrize("form, weight, scales, name, expected", BAD_SCALES)
@@ -115,7 +118,7 @@ def test_scales_of_rows_are_columns(tmp_path):
     """Some tools write one scale per row as a list: times the weight it would scale the columns."""
     path = tmp_path / "x.safetensors"
     save_file({"a.weight": torch.ones(6, 6, dtype=torch.int8), "a.weight_scale": torch.arange(6.0)}, path)
-    _, tensors, layers, _ = describe([path])
+    _, tensors, layers, *_ = describe([path])
     weight = gather(load_file(path), layers, tensors)["a.weight"]
     assert weight.companions["weight_scale"].shape == (6, 1)
 
@@ -125,5 +128,5 @@ def test_a_calibrated_scale_is_kept(tmp_path, value, kept):
     path = tmp_path / "x.safetensors"
     save_file({"a.weight": torch.ones(6, 6).to(torch.float8_e4m3fn), "a.scale_weight": torch.ones(1),
                "a.scale_input": torch.full((1,), value)}, path)
-    _, tensors, layers, _ = describe([path])
+    _, tensors, layers, *_ = describe([path])
     assert ("input_scale" in gather(load_file(path), layers, tensors)["a.weight"].companions) == kept
