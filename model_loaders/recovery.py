@@ -22,6 +22,7 @@ import comfy.model_management
 import folder_paths
 from torch import Tensor
 
+from ..models.cogvideox.apply_model import KEPT_KEY
 from ..models.specs import SpecError
 from .latent_files import (
     SavedRun,
@@ -184,7 +185,7 @@ def save_outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sample
     """OUTER_SAMPLE wrapper, the outermost: saves what the sampler returns, [B, C, T, h, w], unscaled.
 
     If the run is stopped or fails, its last estimate of the video; the error goes on, with the file's name in it, or
-    with that of the saved latent that the run began with.
+    with that of the saved latent that the run began with. With ``KEPT_KEY`` only a run that ends early is saved.
     The settings are read at the end of the run, so that a change during a long one counts.
     """
     run = _Recorder(executor.class_obj, sampler, sigmas, seed, latent_image)
@@ -194,7 +195,7 @@ def save_outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sample
     except (Exception, comfy.model_management.InterruptProcessingException) as error:
         run.stopped(error)
         raise
-    path = run.save(samples, complete=True)
+    path = None if run.guider.model_options.get(KEPT_KEY) else run.save(samples, complete=True)
     if path is not None:
         log.info("The sampled latent is saved in %s. If a later step fails, %s", path, BRING_BACK)
     return samples

@@ -17,6 +17,7 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ..models.cogvideox.apply_model import KEPT_KEY
 from ..models.cogvideox.image_condition import REFERENCE_KEY, condition_latent
 from ..models.cogvideox.pixels import as_rgb
 from ..models.cogvideox.vae_plan import LATENT_CHUNK, PIXEL_CHUNK, chunk_bounds
@@ -131,6 +132,8 @@ class Extender:
         found = self.chunks.find(key, known)
         if found is not None:
             return found.to(latent)
+        # A copy in the recovery folder would push out one of the few renders that are kept there.
+        self._sampled_model.model_options[KEPT_KEY] = key is not None
         began = time.monotonic()
         mask = torch.ones(1, 1, *latent.shape[2:])
         mask[:, :, :self.plan.latent_overlap] = KEPT

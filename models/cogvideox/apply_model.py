@@ -27,6 +27,7 @@ log = logging.getLogger("cogx")
 
 GB = 1e9
 LADDER_KEY = "cogx_ladder"  # in transformer_options: the Ladder of a run
+KEPT_KEY = "cogx_kept"  # in model_options: whoever samples keeps the result of the run himself
 VIDEO_KEY = "cogx_video"  # likewise: the index of the one video that a forward is for, where they run one by one
 
 WHOLE, CONDITIONS, VIDEOS = range(3)  # how a batch is split

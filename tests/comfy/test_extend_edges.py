@@ -1,0 +1,72 @@
+"""CogXExtend: what it leaves on the disk, and what it refuses before anything is sampled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import folder_paths
+import latent_preview
+import pytest
+import torch
+from cogx.model_loaders.latent_files import list_files
+from cogx.model_loaders.recovery import recovery_folder
+from cogx.nodes.extend import Extend
+from cogx.tests.comfy.test_extend import SAMPLING, TILING, frames_of, pipeline
+from cogx.tests.comfy.test_image_model import conditionings
+from torch import Tensor
+
+INPUTS = {"chunks": 2, "length": 17, "overlap": 9, "match_colors": "full", **SAMPLING, **TILING}
+
+
+class InGraph(Extend):
+    """Called without a server, with a graph to tell its runs apart by."""
+
+    hidden = SimpleNamespace(unique_id="1", prompt={
+        "1": {"class_type": "CogXExtend", "inputs": {"model": "a", "vae": "b", "images": "c"}}})
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """ComfyUI's output and user folders of this test alone, with every run saved."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))
+    settings = tmp_path / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"CogX.Recovery.MinimumSeconds": 0}))
+    with torch.inference_mode():
+        yield recovery_folder()
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_pipelines: Path) -> tuple[Any, Any, Any, Any]:
+    """MODEL, VAE, and two prompts."""
+    model, vae = pipeline(tiny_pipelines, "5B")
+    return model, vae, *conditionings(model)
+
+
+def extended(parts: tuple[Any, Any, Any, Any], frames: int = 17, **inputs: Any) -> Tensor:
+    model, vae, positive, negative = parts
+    return InGraph.execute(model, positive, negative, vae, frames_of(frames), **{**INPUTS, **inputs}).args[0]
+
+
+def test_chunks_push_no_other_render_out(parts, folder, monkeypatch):
+    """They are kept once, in a folder of their own; what is stopped is saved as any other run."""
+    extended(parts)
+    assert len(list_files(folder / "extend")) == 2 and not list_files(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(InGraph, "hidden", SimpleNamespace(prompt=None, unique_id=None))
+        extended(parts)  # cannot be found again, so it is saved as any other run
+    assert len(list_files(folder)) == 2
+
+    def interrupted(*_: Any) -> None:
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(latent_preview, "get_previewer",
+                        lambda *_: SimpleNamespace(decode_latent_to_preview_image=interrupted))
+    with pytest.raises(RuntimeError, match="stopped"):
+        extended(parts, seed=8)
+    assert "step1" in list_files(folder)[0].name
