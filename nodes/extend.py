@@ -90,6 +90,7 @@ class Extend(io.ComfyNode):
         from ..samplers.extend import Extension
         from ..samplers.extend_video import Extender, Sampling
 
+        check_tiles(tile_width, tile_height, tile_overlap)  # what comes through a link is validated by nobody
         network = require_cogvideox(vae)
         plan = Extension(spec_of(model), chunks, length, overlap)
         extender = Extender(

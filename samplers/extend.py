@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the nodes check their inputs with this file before torch is
     from torch import Tensor
 
 MOST_SEED = 2**64
+GB = 1e9
 
 
 def extension_problem(length: int, overlap: int, *specs: ModelSpec) -> str | None:
@@ -79,6 +80,19 @@ class Extension:
             raise SpecError(f"The video has {frames} frame{'s' if frames > 1 else ''}: expected at least the overlap "
                             f"of {self.overlap}. Set overlap to {nearest}, or give a longer video.")
 
+    def check_ram(self, frames: int, frame_bytes: int, free: float) -> None:
+        """frames: of the video that is extended. free: bytes of RAM, of which the system would promise more.
+
+        Raises:
+            SpecError: the whole video does not fit.
+        """
+        needed = (frames + self.chunks * self.new_frames) * frame_bytes
+        fit = int(free // frame_bytes - frames) // self.new_frames
+        if needed > free:
+            remedy = f"Set chunks to {fit} or less" if fit > 0 else "Close other programs"
+            raise SpecError(f"The whole video takes {needed / GB:.1f} GB of RAM: expected at most {free / GB:.1f} GB, "
+                            f"which are free. {remedy}, or extend only the last frames and join the videos after.")
+
     def seed(self, seed: int, chunk: int) -> int:
         """Each chunk has noise of its own: the same noise again would bring the same motion again."""
         return (seed + chunk) % MOST_SEED
@@ -105,7 +119,7 @@ def extend(frames: Tensor, plan: Extension, make: Callable[[int, Tensor], Tensor
 
     end, overlap = frames.shape[0], plan.overlap
     plan.check_source(end)
-    # All of it at once: a video that does not fit into RAM fails before anything is sampled, and none is held twice.
+    # All of it at once, so that none of it is ever held twice.
     video = torch.empty((end + plan.chunks * plan.new_frames, *frames.shape[1:]), dtype=frames.dtype)
     video[:end] = frames
     for chunk in range(plan.chunks):

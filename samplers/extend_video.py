@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any, Protocol
 
+import comfy.model_management
 import latent_preview
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ from ..models.cogvideox.image_condition import REFERENCE_KEY, condition_latent
 from ..models.cogvideox.pixels import as_rgb
 from ..models.cogvideox.vae_plan import LATENT_CHUNK, PIXEL_CHUNK, chunk_bounds
 from ..models.progress import Whole
-from ..models.specs import Geometry, check_geometry
+from ..models.specs import Geometry, SpecError, check_geometry
 from . import adapter
 from .extend import Extension, extend
+from .long_video import HANDLER, WindowHandler
 from .prompts import in_turn
 
 log = logging.getLogger("cogx")
@@ -82,13 +84,26 @@ class Extender:
         """The extended video: [N, H, W, C] -> [N + new frames, H, W, 3].
 
         Raises:
-            SpecError: its size is not legal for the model, it is shorter than the overlap, or no step is left to run.
+            SpecError: its size is not legal for the model, it is shorter than the overlap, no step is left to run, the
+                MODEL samples closed loops, or there is no RAM for the whole video.
         """
+        self._check_no_loop()
         geometry = check_geometry(frames.shape[2], frames.shape[1], self.plan.length, self.plan.spec)
         frames, note = as_rgb(frames)
         if note:
             log.warning("Extend: %s.", note)
+        self.plan.check_source(frames.shape[0])
+        self.plan.check_ram(frames.shape[0], frames[0].nbytes,
+                            comfy.model_management.get_free_memory(torch.device("cpu")))
         return extend(frames, self.plan, partial(self._chunk, geometry, self._bar(geometry)), self.match)
+
+    def _check_no_loop(self) -> None:
+        """Each window over the end would see frames of the beginning, which are those taken over."""
+        handler = self.model.model_options.get(HANDLER)
+        if isinstance(handler, WindowHandler) and handler.windows.closed:
+            raise SpecError(f"The MODEL samples closed loops ('CogVideoX Context Windows' with the schedule "
+                            f"{handler.windows.schedule}): expected one for a video that goes on. Connect the MODEL "
+                            "from before Context Windows, or choose another schedule.")
 
     def _units(self, geometry: Geometry) -> tuple[int, int, int]:
         """Of a chunk, in the bar: the VAE's chunks and the sampler's steps."""

@@ -8,13 +8,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.model_management
 import folder_paths
 import latent_preview
 import pytest
 import torch
 from cogx.model_loaders.latent_files import list_files
 from cogx.model_loaders.recovery import recovery_folder
+from cogx.models.specs import SpecError
 from cogx.nodes.extend import Extend
+from cogx.samplers import adapter
+from cogx.samplers.long_video import with_context_windows
+from cogx.samplers.windows import LOOPED, Windows
 from cogx.tests.comfy.test_extend import SAMPLING, TILING, frames_of, pipeline
 from cogx.tests.comfy.test_image_model import conditionings
 from torch import Tensor
@@ -70,3 +75,33 @@ def test_chunks_push_no_other_render_out(parts, folder, monkeypatch):
     with pytest.raises(RuntimeError, match="stopped"):
         extended(parts, seed=8)
     assert "step1" in list_files(folder)[0].name
+
+
+@pytest.fixture
+def unsampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "sample", lambda *_, **__: pytest.fail("sampled"))
+
+
+def test_a_closed_loop_does_not_go_on(parts, unsampled):
+    model, *others = parts
+    windows = Windows(model.model.spec, 17, 8, LOOPED, "pyramid", "independent", anchor=False, positions="window")
+    looped = with_context_windows(model, windows)
+    with pytest.raises(SpecError, match=r"samples closed loops .*schedule looped.* MODEL from before Context Windows"):
+        extended((looped, *others))
+
+
+@pytest.mark.parametrize("free, remedy", [(25, "Set chunks to 1 or less,"), (24, "Close other programs,")])
+def test_a_video_that_has_no_room_is_refused(parts, unsampled, monkeypatch, free, remedy):
+    """Linux promises any amount. 17 frames, and two chunks of 8."""
+    frame = 64 * 96 * 3 * 4
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: free * frame)
+    with pytest.raises(SpecError, match=f"whole video takes 0.0 GB of RAM: .* {remedy} or extend only the last"):
+        extended(parts)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 33 * frame)
+    with pytest.raises(pytest.fail.Exception, match="sampled"):
+        extended(parts)
+
+
+def test_tiles_from_a_link_are_refused(parts, unsampled):
+    with pytest.raises(SpecError, match="tile_overlap 240: expected"):
+        extended(parts, tiling="on", tile_overlap=240)
