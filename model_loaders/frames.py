@@ -106,8 +106,12 @@ class FileFrames:
         raw = frame.view(torch.uint8).numpy()
         with self._lock:
             self._file.seek(i * raw.nbytes)
-            if self._file.readinto(raw) != raw.nbytes:
-                raise OSError(errno.EIO, f"Frame {i} of {self.shape[0]} is not in the temporary file.")
+            rest = memoryview(raw.reshape(-1))
+            while rest:
+                count = self._file.readinto(rest)  # unbuffered, it may give less than is there
+                if not count:
+                    raise OSError(errno.EIO, f"Frame {i} of {self.shape[0]} is not in the temporary file.")
+                rest = rest[count:]
         return self._format.frames(frame)
 
 

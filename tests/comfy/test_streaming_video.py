@@ -362,3 +362,17 @@ def test_in_cores_nodes_twice_from_the_cache_and_without_the_vae(any_server, vid
 def test_frames_per_second_of_the_model(any_server, video_of):
     graph = graph_of_both("c", fps=0, model=["1", 0])
     assert video_of(any_server, any_server.run(graph), "31")["fps"] == 8
+
+
+def test_reads_that_give_only_a_part(vae, monkeypatch):
+    class Slow(io.BytesIO):
+        def readinto(self, buffer: Any) -> int:
+            return super().readinto(memoryview(buffer).cast("B")[:1000])
+
+    expected = vae.decode_video(latent())[0]
+    monkeypatch.setattr(frames_module.tempfile, "TemporaryFile", lambda **_: Slow())
+    video = streamed(vae, latent())
+    assert torch.equal(video.get_components().images, expected)
+    video._frames.file._file.truncate(5000)
+    with pytest.raises(OSError, match="Frame 0 of 17 is not in the temporary file"):
+        video.get_components()
