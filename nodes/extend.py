@@ -56,7 +56,7 @@ class Extend(io.ComfyNode):
                 io.Int.Input("overlap", default=9, min=1, max=MAX_FRAMES, step=4, tooltip="Frames that a chunk takes "
                              "over from the end of the video: 4N+1 for 1.0, 8N+1 for 1.5. They tell it the motion; "
                              "it is cross-faded in over them. 1: the last frame only."),
-                seed_input(),
+                seed_input(io.ControlAfterGenerate.fixed),  # so that the same again goes on where it was stopped
                 steps_input(),
                 cfg_input(),
                 sampler_input(),

@@ -33,8 +33,9 @@ def steps_input() -> io.Int.Input:
     return io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Denoising steps; the reference uses 50.")
 
 
-def seed_input() -> io.Int.Input:
-    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+def seed_input(after: bool | io.ControlAfterGenerate = True) -> io.Int.Input:
+    """after: what the front end does with a new node's seed after a run; True is to draw another."""
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=after,
                         tooltip="Seed of the noise.")
 
 

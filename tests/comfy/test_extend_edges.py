@@ -105,3 +105,9 @@ def test_a_video_that_has_no_room_is_refused(parts, unsampled, monkeypatch, free
 def test_tiles_from_a_link_are_refused(parts, unsampled):
     with pytest.raises(SpecError, match="tile_overlap 240: expected"):
         extended(parts, tiling="on", tile_overlap=240)
+
+
+def test_a_new_node_keeps_its_seed():
+    """Another seed is another run, which finds no chunk of the one that was stopped."""
+    seed = next(item for item in Extend.define_schema().inputs if item.id == "seed")
+    assert json.loads(json.dumps(seed.as_dict()))["control_after_generate"] == "fixed"
