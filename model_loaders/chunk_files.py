@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,13 +22,14 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
 from ..models.specs import SpecError
-from .latent_files import SavedRun, fingerprint, list_files, pack_version, pixel_size, read_latent, write
+from .latent_files import SavedRun, fingerprint, left_behind, list_files, pack_version, pixel_size, read_latent, write
 from .recovery import current_settings, recovery_folder
 
 log = logging.getLogger("cogx")
 
 FOLDER = "extend"  # below the recovery folder, whose own files are counted apart
-MOST_BYTES = 2e9  # of all chunks together; the oldest go first
+MOST_BYTES = 2e9  # of all chunks together; the oldest go first, but none of the run that saves
+TEMPORARY = re.compile(r"\.[0-9a-f]{64}\.safetensors\.\d+\.tmp")
 BEGUN_FROM = "begun_from"  # in the file: the latents that the chunk took over
 SAME = 0.01  # relative difference (L2) of these that is numerical noise, and cannot be seen (40 dB)
 
@@ -177,7 +179,10 @@ class ChunkFiles:
         return self.folder / f"{key}.safetensors"
 
     def _prune(self) -> None:
-        """Delete the oldest beyond ``MOST_BYTES``, none of this run."""
+        """Delete the oldest beyond ``MOST_BYTES``, none of this run; and what a process left that died while it wrote.
+        """
+        for path in left_behind(self.folder, TEMPORARY):
+            path.unlink(missing_ok=True)
         total = 0
         for path in list_files(self.folder):
             total += path.stat().st_size

@@ -166,6 +166,12 @@ def write(folder: Path, latent: Tensor, run: SavedRun, path: Path | None = None,
     return path
 
 
+def left_behind(folder: Path, name: re.Pattern[str]) -> list[Path]:
+    """The temporary files of this name that a process left which died while it wrote."""
+    before = time.time() - TEMPORARY_SECONDS
+    return [path for path in folder.glob(".*.tmp") if name.fullmatch(path.name) and 0 < _modified(path) / 1e9 < before]
+
+
 def prune(folder: Path, keep: int, keep_stopped: int | None = None) -> list[Path]:
     """Delete what ``write`` made except the newest ``keep`` files of complete runs and, counted apart so that they push
     out no finished render, ``keep_stopped`` (None: as many) of the others; and what a process left that died in it."""
@@ -173,11 +179,9 @@ def prune(folder: Path, keep: int, keep_stopped: int | None = None) -> list[Path
     complete = {path: run.complete for path in files if (run := _run_or_none(path)) is not None}
     finished = [path for path in complete if complete[path]]
     stopped = [path for path in complete if not complete[path]]
-    before = time.time() - TEMPORARY_SECONDS
-    left = [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)
-            and 0 < _modified(path) / 1e9 < before]
     deleted = []
-    for path in finished[keep:] + stopped[keep if keep_stopped is None else keep_stopped:] + left:
+    for path in [*finished[keep:], *stopped[keep if keep_stopped is None else keep_stopped:],
+                 *left_behind(folder, TEMPORARY)]:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:  # open elsewhere (Windows), or a folder that only adds

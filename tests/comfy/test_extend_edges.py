@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import folder_paths
 import latent_preview
 import pytest
 import torch
+from cogx.model_loaders.chunk_files import ChunkFiles
 from cogx.model_loaders.latent_files import list_files
 from cogx.model_loaders.recovery import recovery_folder
 from cogx.models.specs import SpecError
@@ -20,7 +22,7 @@ from cogx.nodes.extend import Extend
 from cogx.samplers import adapter
 from cogx.samplers.long_video import with_context_windows
 from cogx.samplers.windows import LOOPED, Windows
-from cogx.tests.comfy.test_extend import SAMPLING, TILING, frames_of, pipeline
+from cogx.tests.comfy.test_extend import FACTS, SAMPLING, TILING, frames_of, pipeline
 from cogx.tests.comfy.test_image_model import conditionings
 from torch import Tensor
 
@@ -111,3 +113,17 @@ def test_a_new_node_keeps_its_seed():
     """Another seed is another run, which finds no chunk of the one that was stopped."""
     seed = next(item for item in Extend.define_schema().inputs if item.id == "seed")
     assert json.loads(json.dumps(seed.as_dict()))["control_after_generate"] == "fixed"
+
+
+def test_what_a_killed_run_left_is_deleted(folder):
+    """After an hour: before that another process may still write it."""
+    chunks = ChunkFiles("run")
+    old, new, other = (chunks.folder / name for name in (
+        f".{'a' * 64}.safetensors.12.tmp", f".{'b' * 64}.safetensors.12.tmp", ".mine.safetensors.12.tmp"))
+    chunks.folder.mkdir(parents=True)
+    for path in (old, new, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (1, 1))
+    chunks.save(chunks.key(1), torch.zeros(1, 16, 5, 8, 12), torch.zeros(1, 16, 3, 8, 12), **FACTS)
+    assert not old.exists() and new.exists() and other.exists() and len(list_files(chunks.folder)) == 1
