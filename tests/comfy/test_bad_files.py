@@ -200,6 +200,23 @@ def test_config_that_contradicts_the_weights(tmp_path):
         find_text_encoder(tmp_path / "text")
 
 
+@pytest.mark.parametrize("component", FIND)
+def test_a_config_of_another_class_beside_a_file_is_ignored(tmp_path, component):
+    """Some other model's may lie where a single file was put alone. That of a folder must be right."""
+    make = {"transformer": tiny_transformer, "vae": tiny_vae, "text_encoder": lambda _: tiny_text_encoder()}
+    tensors = make[component]("5B").state_dict()
+    tensors.pop("encoder.embed_tokens.weight", None)  # the same as shared.weight
+    save_file(tensors, tmp_path / "x.safetensors")
+    alone = FIND[component](tmp_path / "x.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({
+        "_class_name": "AutoencoderKL", "architectures": ["CLIPTextModel"], "num_layers": 3, "d_ff": 9}))
+    beside = FIND[component](tmp_path / "x.safetensors")
+    assert (beside.spec, beside.took) == (alone.spec, alone.took) and "its shapes" in alone.took
+    if component != "text_encoder":
+        with pytest.raises(SpecError, match=r"expected _class_name .*, got AutoencoderKL"):
+            FIND[component](tmp_path)
+
+
 def test_half_a_shard_set(tmp_path):
     tiny_transformer("5B").save_pretrained(tmp_path / "t", max_shard_size="200KB")
     first, *_, last = sorted((tmp_path / "t").glob("*.safetensors"))
