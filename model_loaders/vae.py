@@ -151,10 +151,11 @@ class CogVideoXVAE(comfy.sd.VAE):
         self._check_latent(samples)
         shape = Decoding.of(samples, self.spec, TensorFrames, closed_loop).frames_shape
         check_room(folder, samples.shape[0] * math.prod(shape) * self.vae_dtype.itemsize)
-        return self._decode(samples, partial(FileFrames, folder=folder), tiling, tile, overlap, closed_loop)
+        return self._decode(samples, partial(FileFrames, folder=folder), tiling, tile, overlap, closed_loop,
+                            tiles_last=True)
 
     def _decode(self, samples: Tensor, new: Callable[..., Frames], tiling: str, tile: tuple[int, int],
-                overlap: int, closed_loop: bool) -> list[Any]:
+                overlap: int, closed_loop: bool, tiles_last: bool = False) -> list[Any]:
         self._check_latent(samples)
         ratio = self.spec.spatial_ratio
         cells, overlap = (tile[0] // ratio, tile[1] // ratio), overlap // ratio
@@ -166,7 +167,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         on_cpu = cpu_plan(self.spec, decoded_frames(_first(samples)))
         work = Work(f"decoding {frames} frames of {width}x{height}", partial(self.decode_memory, samples.shape), on_cpu,
                     decode_memory(self.spec, tuple(samples.shape[2:]), torch.float32.itemsize, on_cpu).device,
-                    partial(self._decode_exact, job), partial(self._decode_in_tiles, job, cells, overlap))
+                    partial(self._decode_exact, job), partial(self._decode_in_tiles, job, cells, overlap), tiles_last)
         if tiling == "auto":
             return exact_or_smaller(work, self.device, self.budget())
         if tiling == "on":

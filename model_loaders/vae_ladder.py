@@ -1,7 +1,8 @@
 """How a decode or encode gets its memory: a plan that fits, and a ladder of smaller ones for when it does not.
 
 A video goes down only as far as it must: free other models and the cache, halve the strips, caches to host memory,
-residuals too, then all values, which is the same picture; then tiles, which is not quite; then the CPU.
+residuals too, then all values, which is the same picture; then tiles, which is not quite; then the CPU. Frames that go
+to a file go to the CPU first: tiles hold all of them in RAM.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Work:
     Attributes:
         words: what it is, as in "decoding 49 frames of 720x480".
         memory: what a plan takes. cpu_plan: the plan for a CPU. cpu_bytes: what it takes there, in fp32.
-        run: does it exactly, on a device, and gives what it made. tiled: does it in tiles.
+        run: does it exactly, on a device, and gives what it made. tiled: does it in tiles. tiles_last: after the CPU.
     """
 
     words: str
@@ -44,6 +45,7 @@ class Work:
     cpu_bytes: float
     run: Callable[[Plan, torch.device], Any]
     tiled: Callable[[], Any]
+    tiles_last: bool = False
 
 
 class Rung(NamedTuple):
@@ -90,9 +92,10 @@ def _rungs(work: Work, device: torch.device, budget: Budget) -> Iterator[Rung]:
     yield Rung(FREE, partial(_after_freeing, device, partial(work.run, plan, device)))
     for smaller in filter(fits_ram, smaller_plans(plan)):
         yield Rung(str(smaller), partial(work.run, smaller, device))
-    yield Rung("tiles, which change the picture slightly", work.tiled)
+    last = [Rung("tiles, which change the picture slightly", work.tiled)]
     if not on_cpu and work.cpu_bytes <= _free_ram():
-        yield Rung("the CPU, which takes long", partial(work.run, work.cpu_plan, torch.device("cpu")))
+        last.append(Rung("the CPU, which takes long", partial(work.run, work.cpu_plan, torch.device("cpu"))))
+    yield from reversed(last) if work.tiles_last else last
 
 
 def only(words: str, run: Callable[[], Any], device: torch.device) -> Iterator[Rung]:

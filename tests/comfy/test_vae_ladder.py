@@ -265,3 +265,19 @@ def test_no_ram_is_no_memory(vae, monkeypatch):
 def test_an_empty_latent_is_refused(vae):
     with pytest.raises(SpecError, match="Expected a CogVideoX latent"):
         vae.decode_video(torch.zeros(1, 16, 0, 6, 9))
+
+
+def test_frames_for_a_file_come_from_the_cpu_before_tiles(vae, monkeypatch, error, tmp_path):
+    """Tiles hold all frames in memory."""
+    def decoded() -> torch.Tensor:
+        file, = vae.decode_to_files(latent(), tmp_path, "auto", (48, 48), 16)
+        return torch.stack([file.read(i) for i in range(file.shape[0])])[None]
+
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda _: False)
+    monkeypatch.setattr("cogx.model_loaders.vae.cpu_plan", lambda *_: Plan(40))
+    with torch.inference_mode():
+        expected, tiles = vae.decode_video(latent()), vae.decode_video(latent(), "on", (48, 48), 16)
+        limit(monkeypatch, vae, "decode_chunks", lambda z, plan: z.shape[4] < 9 or plan.rows == 40)
+        assert error(decoded(), expected) <= 1e-5 < error(tiles, expected)
+        monkeypatch.setattr(vae_ladder, "_free_ram", lambda: 0)  # no room for the CPU's work
+        assert torch.equal(decoded(), tiles)
