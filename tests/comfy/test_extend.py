@@ -267,7 +267,7 @@ def progress_of(run: Run) -> list[tuple[int, int]]:
 
 
 def test_queued_again_it_goes_on(any_server):
-    """Interrupted in the second chunk of three: the first is not sampled again, and the video is the same. One more
+    """Interrupted in the second chunk of three: what is finished is not sampled again, and the video is the same. One more
     chunk and another prompt then, without taking what is stale."""
     server, steps = any_server, 10
     folder = server.base / "output" / "cogx_recovery" / "extend"
@@ -276,12 +276,13 @@ def test_queued_again_it_goes_on(any_server):
 
     def stop(event: dict[str, Any]) -> None:
         nodes = event["data"].get("nodes", {}) if event["type"] == "progress_state" else {}
-        if nodes.get("10", {}).get("value", 0) >= each + 4:
+        if nodes.get("10", {}).get("value", 0) >= each + 2:  # encoded, and one step
             server.post("/interrupt", {"prompt_id": event["data"]["prompt_id"]})
 
     with pytest.raises(PromptError, match="interrupted"):
         server.watch(graph, stop)
-    assert len(list_files(folder)) == 1
+    finished = len(list_files(folder))
+    assert finished in (1, 2)  # a fast server may have sampled the second when the word arrives
 
     def found(graph: Graph) -> tuple[int, list[bytes], Run]:
         before = server.log.count("Found the finished chunk")
@@ -289,7 +290,7 @@ def test_queued_again_it_goes_on(any_server):
         return server.log.count("Found the finished chunk") - before, pixels(server, run), run
 
     count, video, run = found(graph)
-    assert count == 1 and len(video) == 17 + 3 * 8 and len(list_files(folder)) == 3
+    assert count == finished and len(video) == 17 + 3 * 8 and len(list_files(folder)) == 3
     bar = progress_of(run)
     assert {total for _, total in bar} == {3 * each} and bar == sorted(bar) and bar[-1][0] == 3 * each
     assert len(bar) > 10
