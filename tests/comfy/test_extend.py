@@ -267,8 +267,8 @@ def progress_of(run: Run) -> list[tuple[int, int]]:
 
 
 def test_queued_again_it_goes_on(any_server):
-    """Interrupted in the second chunk of three: what is finished is not sampled again, and the video is the same. One more
-    chunk and another prompt then, without taking what is stale."""
+    """Interrupted in the second chunk of three: what is finished is not sampled again, and the video is the same. One
+    more chunk and another prompt then, without taking what is stale."""
     server, steps = any_server, 10
     folder = server.base / "output" / "cogx_recovery" / "extend"
     graph = graph_of(steps=steps)
