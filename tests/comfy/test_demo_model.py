@@ -123,7 +123,7 @@ def test_a_folder_below_that_name_breaks_no_list(server, tiny_pipelines):
             choices = server.get(f"/object_info/{node}")[node]["input"]["required"][name]
             names = choices[1]["options"] if choices[0] == "COMBO" else choices[0]
             assert f"{DEMO}/{'transformer' if name == 'checkpoint' else name}" in names
-            assert not [each for each in names if "mine" in each]
+            assert not [each for each in names if f"{DEMO}/mine" in each]
     finally:
         (nested / "model_index.json").unlink()
         nested.rmdir()
