@@ -33,11 +33,32 @@ CORE_PREPARE_KEY = "ContextWindows_prepare_sampling"  # of core's context window
 
 
 class Window(comfy.context_windows.IndexListContextWindow):
-    """Core takes frames from the timestep too, which has one value for each video of the batch: here it stays whole."""
+    """Core's, with two differences. Core takes frames from the timestep too, which has one value for each video of the
+    batch: here it stays whole. And core picks frames one by one, which for frames side by side is half of what windows
+    cost beside their forwards."""
 
     def get_tensor(self, full: Tensor, device: Any = None, dim: int | None = None,
                    retain_index_list: Any = ()) -> Tensor:
-        return full if dim == 0 else super().get_tensor(full, device, dim, list(retain_index_list))
+        if dim == 0:
+            return full
+        part = self._side_by_side(full, dim)
+        if part is None or retain_index_list:
+            return super().get_tensor(full, device, dim, list(retain_index_list))
+        return part.clone().to(device)  # a copy, as with core: the image of a window is written over
+
+    def add_window(self, full: Tensor, to_add: Tensor, dim: int | None = None) -> Tensor:
+        part = self._side_by_side(full, dim)
+        if part is None:
+            return super().add_window(full, to_add, dim)
+        part += to_add
+        return full
+
+    def _side_by_side(self, full: Tensor, dim: int | None) -> Tensor | None:
+        """The window's part of ``full``; None over the end of a closed loop and for frames from here and there."""
+        first, count = self.index_list[0], len(self.index_list)
+        if self.index_list[-1] != first + count - 1:
+            return None
+        return full.narrow(self.dim if dim is None else dim, first, count)
 
 
 def _between(one: dict[str, Any], other: dict[str, Any], share: float) -> dict[str, Any]:
@@ -70,13 +91,10 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
     """Core's loop over windows, with this pack's windows and weights, and with the conditions that its models have."""
 
     def __init__(self, windows: Windows) -> None:
-        def weights(length: int, full_length: int, idxs: list[int], **_: Any) -> list[float]:
-            return windows.weights_of(idxs, full_length)
-
         super().__init__(
             comfy.context_windows.ContextSchedule(windows.schedule, windows.at),
             # Not core's name, for which core has a way of its own that takes no window over the end.
-            comfy.context_windows.ContextFuseMethod(f"{WINDOWS_KEY}_{windows.fuse}", weights),
+            comfy.context_windows.ContextFuseMethod(f"{WINDOWS_KEY}_{windows.fuse}", windows.weights_of),
             context_length=windows.latent_frames, context_overlap=windows.latent_overlap, dim=TIME,
             closed_loop=windows.closed, freenoise=windows.noise != INDEPENDENT,
             # A frame before each window would make it longer than what the model was trained on, and odd for 1.5.
@@ -85,6 +103,7 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
         self.caches: dict[tuple[bool, int], Any] = {}
         self._may_lay_out = True
         self._laying_out = self._laid_out = False
+        self._weights: dict[tuple[int, ...], Tensor] = {}
         self._before: tuple[list[int], Tensor] | None = None  # this step's last window: frames, and what it made
 
     def should_use_context(self, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any) -> bool:
@@ -166,10 +185,18 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
         return sliced
 
     def combine_context_window_results(self, x_in: Tensor, sub_conds_out: list[Tensor], sub_conds: Any, window: Window,
-                                       *args: Any) -> None:
+                                       window_idx: int, total_windows: int, timestep: Tensor, sums: list[Tensor],
+                                       counts: list[Tensor], biases: Any) -> None:
+        """As core's, but each window's weights are worked out once and not at every step."""
         if self._laid_out:
             self._before = window.index_list, sub_conds_out[0]  # without guidance, whose strength is not known here
-        super().combine_context_window_results(x_in, sub_conds_out, sub_conds, window, *args)
+        frames = tuple(window.index_list)
+        if frames not in self._weights:
+            weights = self.windows.weights_of(frames, window.total_frames)
+            self._weights[frames] = x_in.new_tensor(weights, dtype=torch.float32)[:, None, None]  # over [B, C, T, h, w]
+        for made, total, count in zip(sub_conds_out, sums, counts, strict=True):
+            window.add_window(total, made * self._weights[frames])
+            window.add_window(count, self._weights[frames])
 
     def evaluate_context_windows(self, calc_cond_batch: Callable[..., Any], model: Any, x_in: Tensor, conds: Any,
                                  timestep: Tensor, enumerated_context_windows: list[tuple[int, Window]],
@@ -232,7 +259,7 @@ def _for_one_run(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
         log.warning("Context windows: EasyCache skips nothing, as %s windows see other frames at each step. Set the "
                     "schedule to static.", handler.windows.schedule)
     options[HANDLER] = own = copy.copy(handler)  # in the guider's own copy of the options, made for the run
-    own.caches, own._may_lay_out = {}, reason is None
+    own.caches, own._weights, own._may_lay_out = {}, {}, reason is None
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 

@@ -18,12 +18,13 @@ from cogx.models.cogvideox.positions import PLACE_KEY
 from cogx.models.specs import SpecError
 from cogx.samplers import adapter
 from cogx.samplers.inversion import InvertedNoise
-from cogx.samplers.long_video import WindowHandler, with_context_windows
+from cogx.samplers.long_video import Window, WindowHandler, with_context_windows
 from cogx.samplers.windows import FUSES, SCHEDULES, Windows
 from cogx.scripts import demo_pipeline
 from cogx.tests.comfy.graphs import image_to_video, latent_only, patched_model, text_to_video, with_core_ksampler
 from cogx.tests.comfy.test_image_model import conditionings
 from cogx.tests.comfy_server import PromptError
+from comfy.context_windows import IndexListContextWindow
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from torch import Tensor
@@ -327,6 +328,28 @@ def test_a_video_that_is_there_is_not_laid_out_anew(load_tiny, variant):
         assert not torch.equal(sampled(coarse, *given), sampled(static, *given))
 
 
+def test_a_window_of_any_frames_is_cores():
+    """Whether its frames lie side by side or not. What it takes is a copy."""
+    video = noise_of(1)
+    for frames in ([3, 4, 5], [0], [0, 4, 8, 12], [11, 12, 0, 1], [5, 4, 3]):
+        ours, cores = (kind(frames, dim=2, total_frames=LATENTS) for kind in (Window, IndexListContextWindow))
+        for settings in ({}, {"retain_index_list": [0]}, {"dim": 3} if max(frames) < video.size(3) else {}):
+            part = ours.get_tensor(video, **settings)
+            assert torch.equal(part, cores.get_tensor(video, **settings))
+            part.zero_()
+        assert torch.equal(video, noise_of(1))
+        sums = [window.add_window(video.clone(), noise_of(2, len(frames))) for window in (ours, cores)]
+        assert torch.equal(*sums)
+
+
+def test_a_run_has_its_own_weights(load_tiny):
+    """The video's last window fades out on its left alone, the same frames of a longer one on both sides."""
+    model, short, long = windowed(load_tiny("5B"), overlap=4, fuse="linear"), noise_of(1, 9), noise_of(1, 13)
+    expected = run(windowed(load_tiny("5B"), overlap=4, fuse="linear"), long)
+    run(model, short)
+    assert torch.equal(run(model, long), expected)
+
+
 def test_no_warning_of_length_in_windows(load_tiny, caplog):
     model = load_tiny("5B")
     model.model.spec = replace(model.model.spec, max_frames=17)
@@ -349,20 +372,33 @@ def test_a_length_that_the_model_was_not_trained_on_is_named(load_tiny, caplog, 
     assert ("and gets poorer beyond" in caplog.text) == (length > 17)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As many as the machine has that the project's figures are measured on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.alone
+@pytest.mark.usefixtures("two_threads")
 def test_overhead():
-    """The demo model at its size, four times its length: what windows cost beside their forwards."""
+    """The demo model at its size, four times its length: what windows cost beside their forwards.
+
+    Time of this thread: torch's other threads spin for a while after each forward, which is not what windows cost.
+    """
     model = load.load_model(str(demo_pipeline.DEMO / demo_pipeline.MAIN / "transformer"))
     model = with_context_windows(model, windows_of(model, noise="freenoise"))
     spent = {"windows": 0.0, "batches": 0.0, "forwards": 0.0}
 
     def timed(name: str) -> Callable[..., Any]:
         def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
-            begin = time.process_time()
+            begin = time.thread_time()
             try:
                 return executor(*args, **kwargs)
             finally:
-                spent[name] += time.process_time() - begin
+                spent[name] += time.thread_time() - begin
         return wrapper
 
     for kind, name in ((WrappersMP.PREDICT_NOISE, "windows"), (WrappersMP.CALC_COND_BATCH, "batches"),
