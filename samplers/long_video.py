@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.context_windows
+import comfy.model_management
 import comfy.patcher_extension
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ FULL_NOISE = 990  # from this timestep up nothing is left of a video
 # How much of a later window's anchor is what the window before made; the rest is the start image. With all of it the
 # look wears off from window to window, with half of it the object shows where the image has it, too.
 CARRIED = 0.75
+OVERVIEW = -1  # the window that lays a video out, beside the numbers of the others
 CORE_PREPARE_KEY = "ContextWindows_prepare_sampling"  # of core's context windows node, which ours replaces
 
 
@@ -100,33 +103,51 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
             # A frame before each window would make it longer than what the model was trained on, and odd for 1.5.
             causal_window_fix=False)
         self.windows = windows
-        self.caches: dict[tuple[bool, int], Any] = {}
+        self.caches: dict[int, Any] = {}
         self._may_lay_out = True
-        self._laying_out = self._laid_out = False
-        self._weights: dict[tuple[int, ...], Tensor] = {}
+        self._laid_out = False
+        self._weights: dict[tuple[int, ...], Tensor] = {}  # of each window of the run
+        self._around: tuple[Tensor, Tensor] | None = None  # as of Windows, for the run
         self._before: tuple[list[int], Tensor] | None = None  # this step's last window: frames, and what it made
 
     def should_use_context(self, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any) -> bool:
         return self.windows.apply_to(x_in.size(TIME))
 
+    def set_step(self, timestep: Tensor, model_options: dict[str, Any]) -> None:
+        if self.windows.moves:
+            super().set_step(timestep, model_options)
+
     def get_context_windows(self, model: Any, x_in: Tensor, model_options: Any) -> list[Window]:
         total = x_in.size(TIME)
-        planned = [self.windows.overview(total)] if self._laying_out else self.windows.at(total, self._step)
-        return [Window(frames, dim=TIME, total_frames=total) for frames in planned]
+        return [Window(frames, dim=TIME, total_frames=total) for frames in self.windows.at(total, self._step)]
 
     def execute(self, calc_cond_batch: Callable[..., Any], model: Any, conds: Any, x_in: Tensor, timestep: Tensor,
                 model_options: dict[str, Any]) -> list[Tensor]:
-        """Core's loop. What it leaves as 0/0, the frames in no window of a step, comes from the frames around them."""
-        noise_level = float(model.model_sampling.timestep(timestep[:1]))
+        """Core's loop, but for the steps that lay the video out."""
+        self._before = None
         coarse = self.windows.schedule == COARSE and self._may_lay_out
-        self._laying_out = coarse and self.windows.lays_out(x_in.size(TIME), noise_level)
-        self._laid_out, self._before = coarse and not self._laying_out, None
-        denoised = super().execute(calc_cond_batch, model, conds, x_in, timestep, model_options)
-        if not self._laying_out:
-            return denoised
-        first, second, shares = zip(*self.windows.around(x_in.size(TIME)), strict=True)
-        share = x_in.new_tensor(shares)[:, None, None]  # over [B, C, T, h, w]
-        return [torch.lerp(each[:, :, list(first)], each[:, :, list(second)], share) for each in denoised]
+        if coarse and self.windows.lays_out(x_in.size(TIME), float(model.model_sampling.timestep(timestep[:1]))):
+            return self._lay_out(calc_cond_batch, model, conds, x_in, timestep, model_options)
+        self._laid_out = coarse
+        return super().execute(calc_cond_batch, model, conds, x_in, timestep, model_options)
+
+    def _lay_out(self, calc_cond_batch: Callable[..., Any], model: Any, conds: Any, x_in: Tensor, timestep: Tensor,
+                 model_options: dict[str, Any]) -> list[Tensor]:
+        """One window over the whole video; frames that are not in it come from those around them."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        total = x_in.size(TIME)
+        window = Window(self.windows.overview(total), dim=TIME, total_frames=total)
+        options = model_options["transformer_options"]
+        options["context_window"] = window
+        parts = [self.get_resized_cond(cond, x_in, window) for cond in conds]
+        with self._options_of(OVERVIEW, window, options, model):
+            seen = calc_cond_batch(model, parts, window.get_tensor(x_in), timestep, model_options)
+        if self._around is None:
+            first, second, shares = zip(*self.windows.around(total), strict=True)
+            self._around = (torch.tensor(first + second, device=x_in.device),
+                            x_in.new_tensor(shares)[:, None, None])  # over [B, C, T, h, w]
+        places, share = self._around
+        return [torch.lerp(*made.index_select(TIME, places).chunk(2, TIME), share) for made in seen]
 
     def get_resized_cond(self, cond_in: list[dict[str, Any]] | None, x_in: Tensor, window: Window,
                          device: Any = None) -> list[dict[str, Any]] | None:
@@ -202,26 +223,30 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
                                  timestep: Tensor, enumerated_context_windows: list[tuple[int, Window]],
                                  model_options: dict[str, Any], **kwargs: Any) -> Any:
         (index, window), = enumerated_context_windows  # core gives them one by one
-        options = model_options["transformer_options"]
+        with self._options_of(index, window, model_options["transformer_options"], model):
+            return super().evaluate_context_windows(calc_cond_batch, model, x_in, conds, timestep,
+                                                    enumerated_context_windows, model_options, **kwargs)
+
+    @contextmanager
+    def _options_of(self, index: int, window: Window, options: dict[str, Any], model: Any) -> Iterator[None]:
+        """A window's own entries in ``transformer_options``, beside core's."""
         if self.windows.positions == GLOBAL:
-            options[PLACE_KEY] = Place(tuple(window.index_list), x_in.size(TIME))
+            options[PLACE_KEY] = Place(tuple(window.index_list), window.total_frames)
         cache = options.get(EASYCACHE)
         if hasattr(cache, "first_cond_uuid"):  # LazyCache has none: it sees the whole video
             options[EASYCACHE] = self._cache_of(index, cache, model)
         try:
-            return super().evaluate_context_windows(calc_cond_batch, model, x_in, conds, timestep,
-                                                    enumerated_context_windows, model_options, **kwargs)
+            yield
         finally:
             if cache is not None:
                 options[EASYCACHE] = cache
 
     def _cache_of(self, index: int, cache: Any, model: Any) -> Any:
         """EasyCache compares a forward with the one before, which must be that of the same window at the last step."""
-        key = self._laying_out, index
-        if key not in self.caches or self.windows.moves:
-            self.caches[key] = cache.clone().prepare_timesteps(model.model_sampling)
+        if index not in self.caches or self.windows.moves:
+            self.caches[index] = cache.clone().prepare_timesteps(model.model_sampling)
         cache.total_steps_skipped = min(own.total_steps_skipped for own in self.caches.values())  # for its log
-        return self.caches[key]
+        return self.caches[index]
 
 
 def _reason_not_to_lay_out(guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor) -> str | None:
@@ -259,7 +284,7 @@ def _for_one_run(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
         log.warning("Context windows: EasyCache skips nothing, as %s windows see other frames at each step. Set the "
                     "schedule to static.", handler.windows.schedule)
     options[HANDLER] = own = copy.copy(handler)  # in the guider's own copy of the options, made for the run
-    own.caches, own._weights, own._may_lay_out = {}, {}, reason is None
+    own.caches, own._weights, own._around, own._may_lay_out = {}, {}, None, reason is None
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 

@@ -78,12 +78,14 @@ def spread(total: int, length: int) -> list[int]:
 
 
 def between(tokens: Sequence[int], total: int) -> list[tuple[int, int, float]]:
-    """For each token of a video the two of ``tokens``, which rise from 0, around it, and the share of the second."""
+    """For each token of a video the places in ``tokens``, which rise from 0, of the two around it, and the share of the
+    second."""
     found = []
     for token in range(total):
         after = bisect_right(tokens, token)
-        first, second = tokens[after - 1], tokens[min(after, len(tokens) - 1)]
-        found.append((first, second, (token - first) / (second - first) if second > first else 0.0))
+        first, second = after - 1, min(after, len(tokens) - 1)
+        gap = tokens[second] - tokens[first]
+        found.append((first, second, (token - tokens[first]) / gap if gap else 0.0))
     return found
 
 
@@ -253,7 +255,8 @@ class Windows:
                 for i in range(patch)]
 
     def around(self, total: int) -> list[tuple[int, int, float]]:
-        """For each of ``total`` latent frames the two of the ``overview`` around it, and the share of the second."""
+        """For each of ``total`` latent frames the places in the ``overview`` of the two around it, and the share of the
+        second."""
         patch = self.spec.transformer.temporal_patch
         tokens = between(spread(total // patch, self.latent_frames // patch), total // patch)
         return [(first * patch + i, second * patch + i, share) for first, second, share in tokens for i in range(patch)]

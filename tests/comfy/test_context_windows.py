@@ -383,13 +383,14 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.alone
 @pytest.mark.usefixtures("two_threads")
-def test_overhead():
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_overhead(schedule, monkeypatch):
     """The demo model at its size, four times its length: what windows cost beside their forwards.
 
     Time of this thread: torch's other threads spin for a while after each forward, which is not what windows cost.
     """
     model = load.load_model(str(demo_pipeline.DEMO / demo_pipeline.MAIN / "transformer"))
-    model = with_context_windows(model, windows_of(model, noise="freenoise"))
+    model = with_context_windows(model, windows_of(model, schedule=schedule, noise="freenoise"))
     spent = {"windows": 0.0, "batches": 0.0, "forwards": 0.0}
 
     def timed(name: str) -> Callable[..., Any]:
@@ -401,9 +402,11 @@ def test_overhead():
                 spent[name] += time.thread_time() - begin
         return wrapper
 
-    for kind, name in ((WrappersMP.PREDICT_NOISE, "windows"), (WrappersMP.CALC_COND_BATCH, "batches"),
-                       (WrappersMP.APPLY_MODEL, "forwards")):
+    for kind, name in ((WrappersMP.CALC_COND_BATCH, "batches"), (WrappersMP.APPLY_MODEL, "forwards")):
         model.add_wrapper_with_key(kind, "test", timed(name))
+    all_windows = timed("windows")
+    execute = WindowHandler.execute
+    monkeypatch.setattr(WindowHandler, "execute", lambda *args: all_windows(execute, *args))
     texts = torch.randn(2, 1, 32, 4096, generator=torch.Generator().manual_seed(5))
     width = model.model.spec.transformer.text_embed_dim
     positive, negative = ([[text[..., :width], {}]] for text in texts)

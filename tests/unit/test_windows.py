@@ -102,8 +102,9 @@ def test_the_overview_is_spread_over_the_video(sizes):
     gaps = [b - a for a, b in pairwise(tokens)]
     assert len(tokens) == length and (tokens[0], tokens[-1]) == (0, total - 1) and max(gaps) - min(gaps) <= 1
     places = between(tokens, total)
-    assert [first + share * (second - first) for first, second, share in places] == pytest.approx(range(total))
-    assert all(first in tokens and second in tokens and 0 <= share < 1 for first, second, share in places)
+    assert [tokens[first] + share * (tokens[second] - tokens[first]) for first, second, share in places] == (
+        pytest.approx(range(total)))
+    assert all(second - first in (0, 1) and 0 <= share < 1 for first, second, share in places)
 
 
 def test_an_overview_of_one_token_fills_the_video():
@@ -119,8 +120,9 @@ def test_coarse_lays_out_while_the_noise_is_high(spec, length, overlap, total):
     frames, patch = windows.overview(total), spec.transformer.temporal_patch
     assert len(frames) == windows.latent_frames and frames[-patch:] == list(range(total - patch, total))
     assert all(frames[i] % patch == i % patch for i in range(len(frames)))
-    for frame, (first, second, _) in enumerate(windows.around(total)):
-        assert first in frames and second in frames and first % patch == second % patch == frame % patch
+    for frame, (first, second, share) in enumerate(windows.around(total)):
+        assert frames[first] + share * (frames[second] - frames[first]) == pytest.approx(frame)
+        assert first % patch == second % patch == frame % patch
     assert windows.at(total, 3) == windows_of(spec, length, overlap, "static").at(total, 3)
 
 
