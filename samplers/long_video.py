@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import comfy.context_windows
-import comfy.model_management
 import comfy.patcher_extension
 import torch
 from torch import Tensor
@@ -108,7 +107,7 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
         self._laid_out = False
         self._weights: dict[tuple[int, ...], Tensor] = {}  # of each window of the run
         self._around: tuple[Tensor, Tensor] | None = None  # as of Windows, for the run
-        self._before: tuple[list[int], Tensor] | None = None  # this step's last window: frames, and what it made
+        self._before: tuple[list[int], Tensor] | None = None  # the last window: its frames, and what it made
 
     def should_use_context(self, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any) -> bool:
         return self.windows.apply_to(x_in.size(TIME))
@@ -124,7 +123,6 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
     def execute(self, calc_cond_batch: Callable[..., Any], model: Any, conds: Any, x_in: Tensor, timestep: Tensor,
                 model_options: dict[str, Any]) -> list[Tensor]:
         """Core's loop, but for the steps that lay the video out."""
-        self._before = None
         coarse = self.windows.schedule == COARSE and self._may_lay_out
         if coarse and self.windows.lays_out(x_in.size(TIME), float(model.model_sampling.timestep(timestep[:1]))):
             return self._lay_out(calc_cond_batch, model, conds, x_in, timestep, model_options)
@@ -134,7 +132,6 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
     def _lay_out(self, calc_cond_batch: Callable[..., Any], model: Any, conds: Any, x_in: Tensor, timestep: Tensor,
                  model_options: dict[str, Any]) -> list[Tensor]:
         """One window over the whole video; frames that are not in it come from those around them."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
         total = x_in.size(TIME)
         window = Window(self.windows.overview(total), dim=TIME, total_frames=total)
         options = model_options["transformer_options"]

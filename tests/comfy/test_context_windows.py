@@ -137,6 +137,22 @@ def test_weights_sum_to_one(load_tiny, error, variant, schedule, fuse):
     assert seen == {(windows.latent_frames, 2)}, "a window of another length, or a part of the timestep"
 
 
+@pytest.mark.parametrize("variant", ["5B", "1.5-5B"])
+def test_what_no_window_has_seen_lies_between_what_one_has(load_tiny, variant):
+    """A first step of 'coarse' that sees in each frame when it is, and in the second condition twice that."""
+    model = load_tiny(variant)
+    handler, sigmas = WindowHandler(windows_of(model, schedule="coarse")), model.model.model_sampling.sigmas
+    options = {"transformer_options": {"sample_sigmas": sigmas.flip(0)}}
+    for total in (14, 26, 38):
+        frames = torch.arange(total).float()
+        if variant == "1.5-5B":
+            frames = frames // 2  # both frames of a token at once
+        x = frames[:, None, None].expand(2, 16, total, 4, 6)
+        made = WindowHandler(handler.windows).execute(lambda _, conds, part, *rest: [part, 2 * part], model.model,
+                                                      [None, None], x, sigmas[-1:].expand(2), options)
+        assert torch.allclose(made[0], x) and torch.allclose(made[1], 2 * x)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_the_network_is_given(load_tiny, variant, schedule):
@@ -156,6 +172,7 @@ def test_what_the_network_is_given(load_tiny, variant, schedule):
         assert given["x"].shape == (2, 16, windows.latent_frames, 8, 12) and given["t"].shape == (2,)
         assert given["text"].shape == (2, windows.spec.text_tokens, 32) and PLACE_KEY not in given["options"]
         assert (given["ofs"] is not None) == bool(windows.spec.transformer.ofs_embed_dim)
+        assert given["options"]["context_window"].index_list == window
         if windows.spec.takes_image:
             expected = condition[:, :, window].clone()
             expected[:, :, 0] = condition[:, :, 0]
@@ -277,17 +294,20 @@ def test_the_memory_that_is_asked_for_is_that_of_a_window(load_tiny):
     assert asked == [[2, 16, 5, 8, 12]]
 
 
-def test_global_positions(load_tiny, error):
+@pytest.mark.parametrize("schedule", ["static", "coarse"])
+@pytest.mark.parametrize("variant", ["2B", "5B", "1.5-5B"])
+def test_global_positions(load_tiny, error, variant, schedule):
     """The network is told where each window lies, and makes another video of it."""
-    for variant in ("2B", "5B", "1.5-5B"):
-        model, noise = load_tiny(variant), noise_of(1)
-        spy, seen = spied(windowed(model, positions="global"))
-        assert error(run(spy, noise, cfg=1.0), run(windowed(model), noise, cfg=1.0)) > 1e-4
-        windows = spy.model_options["context_handler"].windows
-        total = LATENTS + windows.spec.padding_frames(LATENTS)
-        places = [given["options"][PLACE_KEY] for given in seen[:3]]
-        assert [list(place.frames) for place in places] == windows.at(total, 0)[:3]
-        assert {place.total for place in places} == {total}
+    model, noise = load_tiny(variant), noise_of(1)
+    spy, seen = spied(windowed(model, schedule=schedule, positions="global"))
+    assert error(run(spy, noise, cfg=1.0), run(windowed(model, schedule=schedule), noise, cfg=1.0)) > 1e-4
+    windows = spy.model_options["context_handler"].windows
+    total = LATENTS + windows.spec.padding_frames(LATENTS)
+    places = [given["options"][PLACE_KEY] for given in seen]
+    planned = windows.at(total, 0)
+    expected = [windows.overview(total)] * 2 + planned if schedule == "coarse" else planned * STEPS
+    assert [list(place.frames) for place in places] == expected
+    assert {place.total for place in places} == {total}
 
 
 @pytest.mark.parametrize("first", ["windows", "inversion"])
@@ -342,10 +362,13 @@ def test_a_window_of_any_frames_is_cores():
         assert torch.equal(*sums)
 
 
-def test_a_run_has_its_own_weights(load_tiny):
-    """The video's last window fades out on its left alone, the same frames of a longer one on both sides."""
-    model, short, long = windowed(load_tiny("5B"), overlap=4, fuse="linear"), noise_of(1, 9), noise_of(1, 13)
-    expected = run(windowed(load_tiny("5B"), overlap=4, fuse="linear"), long)
+@pytest.mark.parametrize("schedule", ["static", "coarse"])
+def test_a_run_has_its_own_numbers(load_tiny, schedule):
+    """The video's last window fades out on its left alone, the same frames of a longer one on both sides. The frames
+    between those that lay it out are others."""
+    settings = {"overlap": 4, "fuse": "linear", "schedule": schedule}
+    model, short, long = windowed(load_tiny("5B"), **settings), noise_of(1, 9), noise_of(1, 13)
+    expected = run(windowed(load_tiny("5B"), **settings), long)
     run(model, short)
     assert torch.equal(run(model, long), expected)
 

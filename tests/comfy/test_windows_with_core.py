@@ -4,6 +4,7 @@ their parts of the video sampled alone; so each case has its reference. In proce
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,6 +82,13 @@ def test_easycache_goes_by_window(load_tiny, error, caplog):
     moving, plain = (wrap(windowed(model, schedule="uniform")) for wrap in (cached, lambda model: model))
     assert torch.equal(guided(cfg_guider(moving), noise), guided(cfg_guider(plain), noise))
     assert caplog.text.count("EasyCache skips nothing, as uniform windows see other frames at each step.") == 1
+    coarse, seen = spied(cached(windowed(model, schedule="coarse")))
+    guided(cfg_guider(coarse), noise)
+    caches: dict[tuple[int, ...], set[int]] = defaultdict(set)
+    for given in seen:
+        caches[tuple(given["options"]["context_window"].index_list)].add(id(given["options"]["easycache"]))
+    assert {len(own) for own in caches.values()} == {1}, "what lays the video out is a window of its own"
+    assert len(set.union(*caches.values())) == len(caches)
     lazy = LazyCacheNode.execute(windowed(model), 0.5, 0.0, 0.95, False).args[0]
     assert torch.isfinite(guided(cfg_guider(lazy), noise)).all()
 
