@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import comfy.model_management
 import latent_preview
 import torch
+from comfy.context_windows import IndexListContextHandler
 from torch import Tensor
 
 from ..models.cogvideox.apply_model import KEPT_KEY
@@ -26,8 +27,9 @@ from ..models.progress import Whole
 from ..models.specs import Geometry, SpecError, check_geometry
 from . import adapter
 from .extend import Extension, extend
-from .long_video import HANDLER, WindowHandler
+from .long_video import HANDLER
 from .prompts import in_turn
+from .windows import LOOPED
 
 log = logging.getLogger("cogx")
 
@@ -100,10 +102,12 @@ class Extender:
     def _check_no_loop(self) -> None:
         """Each window over the end would see frames of the beginning, which are those taken over."""
         handler = self.model.model_options.get(HANDLER)
-        if isinstance(handler, WindowHandler) and handler.windows.closed:
-            raise SpecError(f"The MODEL samples closed loops ('CogVideoX Context Windows' with the schedule "
-                            f"{handler.windows.schedule}): expected one for a video that goes on. Connect the MODEL "
-                            "from before Context Windows, or choose another schedule.")
+        looped = isinstance(handler, IndexListContextHandler) and handler.closed_loop
+        schedule = handler.context_schedule.name if looped else ""
+        if LOOPED in schedule:  # core's looped_uniform, too; core's others take no notice of closed_loop
+            raise SpecError(f"The MODEL samples closed loops (Context Windows with the schedule {schedule}): expected "
+                            "one for a video that goes on. Connect the MODEL from before Context Windows, or choose "
+                            "another schedule.")
 
     def _units(self, geometry: Geometry) -> tuple[int, int, int]:
         """Of a chunk, in the bar: the VAE's chunks and the sampler's steps."""

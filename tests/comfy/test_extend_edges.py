@@ -24,6 +24,7 @@ from cogx.samplers.long_video import with_context_windows
 from cogx.samplers.windows import LOOPED, Windows
 from cogx.tests.comfy.test_extend import FACTS, SAMPLING, TILING, frames_of, pipeline
 from cogx.tests.comfy.test_image_model import conditionings
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from torch import Tensor
 
 INPUTS = {"chunks": 2, "length": 17, "overlap": 9, "match_colors": "full", **SAMPLING, **TILING}
@@ -90,6 +91,15 @@ def test_a_closed_loop_does_not_go_on(parts, unsampled):
     looped = with_context_windows(model, windows)
     with pytest.raises(SpecError, match=r"samples closed loops .*schedule looped.* MODEL from before Context Windows"):
         extended((looped, *others))
+    inputs = {"context_length": 5, "context_overlap": 2, "context_stride": 1, "closed_loop": True, "dim": 2,
+              "fuse_method": "pyramid", "freenoise": False, "cond_retain_index_list": [],
+              "split_conds_to_windows": False}
+    cores = ContextWindowsManualNode.execute(model, context_schedule="looped_uniform", **inputs).args[0]
+    with pytest.raises(SpecError, match=r"samples closed loops .*schedule looped_uniform"):
+        extended((cores, *others))
+    cores = ContextWindowsManualNode.execute(model, context_schedule="standard_static", **inputs).args[0]
+    with pytest.raises(pytest.fail.Exception, match="sampled"):
+        extended((cores, *others))
 
 
 @pytest.mark.parametrize("free, remedy", [(25, "Set chunks to 1 or less,"), (24, "Close other programs,")])
