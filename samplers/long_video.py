@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,14 +55,15 @@ class Window(comfy.context_windows.IndexListContextWindow):
         return full
 
     def _side_by_side(self, full: Tensor, dim: int | None) -> Tensor | None:
-        """The window's part of ``full``; None over the end of a closed loop and for frames from here and there."""
+        """The window's part of ``full``; None over the end of a closed loop and for frames from here and there. A
+        window's frames rise, or go over the end once."""
         first, count = self.index_list[0], len(self.index_list)
         if self.index_list[-1] != first + count - 1:
             return None
         return full.narrow(self.dim if dim is None else dim, first, count)
 
 
-def _between(one: dict[str, Any], other: dict[str, Any], share: float) -> dict[str, Any]:
+def _cross_faded(one: dict[str, Any], other: dict[str, Any], share: float) -> dict[str, Any]:
     """A prompt's condition on its way to the next: the embedding in between, all else of the nearer one."""
     nearer = other if share >= 0.5 else one
     if share in (0, 1):
@@ -92,8 +92,9 @@ def _has_sequence(conds: list[dict[str, Any]] | None) -> bool:
 class WindowHandler(comfy.context_windows.IndexListContextHandler):
     """Core's loop over windows, with this pack's windows and weights, and with the conditions that its models have."""
 
-    def __init__(self, windows: Windows) -> None:
+    def __init__(self, windows: Windows, may_lay_out: bool = True) -> None:
         super().__init__(
+            # Core asks neither of the two functions: what would is replaced below.
             comfy.context_windows.ContextSchedule(windows.schedule, windows.at),
             # Not core's name, for which core has a way of its own that takes no window over the end.
             comfy.context_windows.ContextFuseMethod(f"{WINDOWS_KEY}_{windows.fuse}", windows.weights_of),
@@ -102,12 +103,14 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
             # A frame before each window would make it longer than what the model was trained on, and odd for 1.5.
             causal_window_fix=False)
         self.windows = windows
-        self.caches: dict[int, Any] = {}
-        self._may_lay_out = True
-        self._laid_out = False
-        self._weights: dict[tuple[int, ...], Tensor] = {}  # of each window of the run
-        self._around: tuple[Tensor, Tensor] | None = None  # as of Windows, for the run
-        self._before: tuple[list[int], Tensor] | None = None  # the last window: its frames, and what it made
+        self._may_lay_out = may_lay_out
+        self._caches: dict[int, Any] = {}
+        self._carries = False
+        # Of the run, worked out once: each window's weights; the two places around each frame, first all of the ones
+        # before it, and the shares.
+        self._weights: dict[tuple[int, ...], Tensor] = {}
+        self._around: tuple[Tensor, Tensor] | None = None
+        self._before: tuple[list[int], Tensor] | None = None  # this step's last window: frames, and what it made
 
     def should_use_context(self, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: Any) -> bool:
         return self.windows.apply_to(x_in.size(TIME))
@@ -123,10 +126,11 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
     def execute(self, calc_cond_batch: Callable[..., Any], model: Any, conds: Any, x_in: Tensor, timestep: Tensor,
                 model_options: dict[str, Any]) -> list[Tensor]:
         """Core's loop, but for the steps that lay the video out."""
+        self._before = None
         coarse = self.windows.schedule == COARSE and self._may_lay_out
         if coarse and self.windows.lays_out(x_in.size(TIME), float(model.model_sampling.timestep(timestep[:1]))):
             return self._lay_out(calc_cond_batch, model, conds, x_in, timestep, model_options)
-        self._laid_out = coarse
+        self._carries = coarse
         return super().execute(calc_cond_batch, model, conds, x_in, timestep, model_options)
 
     def _lay_out(self, calc_cond_batch: Callable[..., Any], model: Any, conds: Any, x_in: Tensor, timestep: Tensor,
@@ -144,7 +148,7 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
             self._around = (torch.tensor(first + second, device=x_in.device),
                             x_in.new_tensor(shares)[:, None, None])  # over [B, C, T, h, w]
         places, share = self._around
-        return [torch.lerp(*made.index_select(TIME, places).chunk(2, TIME), share) for made in seen]
+        return [torch.lerp(*made.index_select(TIME, places).chunk(2, TIME), share.to(made)) for made in seen]
 
     def get_resized_cond(self, cond_in: list[dict[str, Any]] | None, x_in: Tensor, window: Window,
                          device: Any = None) -> list[dict[str, Any]] | None:
@@ -160,7 +164,7 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
         for places in sequences([cond.get(TURN) for cond in conds]):
             a, b, share = (0, 0, 0.0) if len(places) == 1 else self.windows.prompts_of(
                 [conds[place][TURN] for place in places], window.index_list, window.total_frames)
-            found.append(_between(conds[places[a]], conds[places[b]], share))
+            found.append(_cross_faded(conds[places[a]], conds[places[b]], share))
         return found
 
     def warn_of_unseen(self, conds: dict[str, list[dict[str, Any]]], total: int, steps: int) -> None:
@@ -205,8 +209,8 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
     def combine_context_window_results(self, x_in: Tensor, sub_conds_out: list[Tensor], sub_conds: Any, window: Window,
                                        window_idx: int, total_windows: int, timestep: Tensor, sums: list[Tensor],
                                        counts: list[Tensor], biases: Any) -> None:
-        """As core's, but each window's weights are worked out once and not at every step."""
-        if self._laid_out:
+        """As core's, but each window's weights are worked out once a run, and nothing is called back."""
+        if self._carries:
             self._before = window.index_list, sub_conds_out[0]  # without guidance, whose strength is not known here
         frames = tuple(window.index_list)
         if frames not in self._weights:
@@ -240,10 +244,12 @@ class WindowHandler(comfy.context_windows.IndexListContextHandler):
 
     def _cache_of(self, index: int, cache: Any, model: Any) -> Any:
         """EasyCache compares a forward with the one before, which must be that of the same window at the last step."""
-        if index not in self.caches or self.windows.moves:
-            self.caches[index] = cache.clone().prepare_timesteps(model.model_sampling)
-        cache.total_steps_skipped = min(own.total_steps_skipped for own in self.caches.values())  # for its log
-        return self.caches[index]
+        if index not in self._caches or self.windows.moves:
+            self._caches[index] = cache.clone().prepare_timesteps(model.model_sampling)
+        skipped = {own: self._caches[own].total_steps_skipped for own in self._caches}
+        laying_out = skipped.pop(OVERVIEW, 0)
+        cache.total_steps_skipped = laying_out + min(skipped.values(), default=0)  # whole steps, for its log
+        return self._caches[index]
 
 
 def _reason_not_to_lay_out(guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor) -> str | None:
@@ -280,8 +286,8 @@ def _for_one_run(executor: Any, noise: Tensor, latent_image: Tensor, sampler: An
     if handler.windows.moves and hasattr(options.get("transformer_options", {}).get(EASYCACHE), "first_cond_uuid"):
         log.warning("Context windows: EasyCache skips nothing, as %s windows see other frames at each step. Set the "
                     "schedule to static.", handler.windows.schedule)
-    options[HANDLER] = own = copy.copy(handler)  # in the guider's own copy of the options, made for the run
-    own.caches, own._weights, own._around, own._may_lay_out = {}, {}, None, reason is None
+    # In the guider's own copy of the options, made for the run.
+    options[HANDLER] = WindowHandler(handler.windows, may_lay_out=reason is None)
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 

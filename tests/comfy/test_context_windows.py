@@ -198,6 +198,29 @@ def test_where_it_was_laid_out_a_window_begins_with_what_the_one_before_made(loa
         assert not given["image"][:, :, 1:].any()
 
 
+def test_a_step_that_is_tried_again_begins_with_the_start_image(load_tiny):
+    """Of the one that broke off, in its second window, nothing is left."""
+    model = load_tiny("5B-I2V")
+    handler, sigmas = WindowHandler(windows_of(model, schedule="coarse")), model.model.model_sampling.sigmas
+    image = comfy.conds.CONDNoiseShape(condition_latent(LATENTS, torch.ones(1, 16, 1, 8, 12), None))
+    options = {"transformer_options": {"sample_sigmas": sigmas.flip(0)}}
+    begins: list[float] = []
+
+    def calc(model: Any, conds: Any, part: Tensor, *rest: Any) -> list[Tensor]:
+        begins.append(float(conds[0][0]["model_conds"]["c_concat"].cond[:, :, 0].mean()))
+        if len(begins) == 2:
+            raise RuntimeError("no")
+        return [torch.full_like(part, 5.0)]
+
+    def step() -> None:
+        handler.execute(calc, model.model, [[{"model_conds": {"c_concat": image}}]], noise_of(1), sigmas[:1], options)
+
+    with pytest.raises(RuntimeError, match="no"):
+        step()
+    step()
+    assert begins[0] == begins[2] == 1.0 and begins[1] == begins[3] > 2.0
+
+
 @pytest.mark.parametrize("variant", ["5B-I2V", "1.5-5B-I2V"])
 def test_without_the_anchor_later_windows_see_no_image(load_tiny, variant):
     model, seen = spied(windowed(load_tiny(variant), anchor=False))

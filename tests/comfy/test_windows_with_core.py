@@ -4,6 +4,7 @@ their parts of the video sampled alone; so each case has its reference. In proce
 from __future__ import annotations
 
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -82,15 +83,24 @@ def test_easycache_goes_by_window(load_tiny, error, caplog):
     moving, plain = (wrap(windowed(model, schedule="uniform")) for wrap in (cached, lambda model: model))
     assert torch.equal(guided(cfg_guider(moving), noise), guided(cfg_guider(plain), noise))
     assert caplog.text.count("EasyCache skips nothing, as uniform windows see other frames at each step.") == 1
-    coarse, seen = spied(cached(windowed(model, schedule="coarse")))
-    guided(cfg_guider(coarse), noise)
-    caches: dict[tuple[int, ...], set[int]] = defaultdict(set)
-    for given in seen:
-        caches[tuple(given["options"]["context_window"].index_list)].add(id(given["options"]["easycache"]))
-    assert {len(own) for own in caches.values()} == {1}, "what lays the video out is a window of its own"
-    assert len(set.union(*caches.values())) == len(caches)
     lazy = LazyCacheNode.execute(windowed(model), 0.5, 0.0, 0.95, False).args[0]
     assert torch.isfinite(guided(cfg_guider(lazy), noise)).all()
+
+
+def test_easycache_takes_what_lays_a_video_out_for_a_window(load_tiny, caplog):
+    caplog.set_level(logging.INFO)
+    patched = windowed(load_tiny("5B"), schedule="coarse")
+    model, seen = spied(EasyCacheNode.execute(patched, 0.5, 0.0, 0.95, False).args[0])
+    guided(cfg_guider(model), noise_of(1, 10))
+    caches: dict[tuple[int, ...], list[Any]] = defaultdict(list)
+    for given in seen:
+        caches[tuple(given["options"]["context_window"].index_list)].append(given["options"]["easycache"])
+    assert all(own.count(own[0]) == len(own) for own in caches.values())
+    laying_out, *drawing = (own[0] for own in caches.values())
+    assert len({id(own) for own in (laying_out, *drawing)}) == 1 + len(drawing)
+    skipped = laying_out.total_steps_skipped + min(own.total_steps_skipped for own in drawing)
+    assert min(laying_out.total_steps_skipped, skipped - laying_out.total_steps_skipped) > 0
+    assert re.findall(r"skipped (\d+)/12", caplog.text) == [str(skipped)]
 
 
 def test_areas_in_time(load_tiny, error):
