@@ -3,7 +3,7 @@
     python scripts/run_workflow.py workflows/api/text_to_video.json --set CogXSampler.steps=10 --output video.mp4
 
 Needs aiohttp, which every ComfyUI environment has. Progress goes to stderr, a JSON summary to stdout.
-Exit code: 0 done, 1 refused or failed, 130 interrupted.
+Exit code: 0 done, 1 refused, failed or interrupted on the server, 130 interrupted here.
 """
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def title_of(node_id: str, node: Mapping[str, Any]) -> str:
 
 
 def describe_refusal(answer: Mapping[str, Any], workflow: Mapping[str, dict[str, Any]]) -> str:
-    """The server's validation errors in words, one line each."""
+    """The server's validation errors in words, one line each. ComfyUI repeats what was checked for several inputs."""
     lines = []
     error = answer.get("error")
     if error:
@@ -120,7 +120,13 @@ def describe_refusal(answer: Mapping[str, Any], workflow: Mapping[str, dict[str,
                      if isinstance(error, dict) else str(error))
     for node_id, problem in (answer.get("node_errors") or {}).items():
         title = title_of(node_id, workflow.get(node_id, {}))
-        lines += [f"{title} (node {node_id}): {each['message']}: {each['details']}" for each in problem["errors"]]
+        inputs: dict[tuple[str, str], list[str]] = {}
+        for each in problem["errors"]:
+            name, _, reason = each["details"].partition(" - ")
+            inputs.setdefault((each["message"], reason), []).append(name)
+        for (message, reason), names in inputs.items():
+            details = " - ".join(filter(None, (", ".join(dict.fromkeys(names)), reason)))
+            lines.append(f"{title} (node {node_id}): {message}: {details}")
     return "\n".join(lines)
 
 
@@ -154,17 +160,22 @@ async def follow(socket: aiohttp.ClientWebSocketResponse[Any], prompt_id: str, p
             raise WorkflowError("The run was interrupted on the server.")
         if kind == "execution_error":
             raise WorkflowError(f"{progress.title(data['node_id'])} (node {data['node_id']}) failed: "
-                                f"{data['exception_type']}: {data['exception_message'].strip()}")
+                                f"{data['exception_type'].rpartition('.')[2]}: {data['exception_message'].strip()}")
     raise WorkflowError("The server closed the connection before the run was done; its log says why.")
 
 
-async def outputs_of(session: aiohttp.ClientSession, prompt_id: str) -> list[dict[str, str]]:
-    """The files that the prompt made: node, filename, subfolder, type."""
+async def outputs_of(session: aiohttp.ClientSession, prompt_id: str) -> dict[str, dict[str, list[Any]]]:
+    """What the nodes gave to see, by node id and kind: files, and what they say of themselves as ``text``."""
     async with session.get(f"/history/{prompt_id}") as response:
         history = await response.json()
+    return dict(history[prompt_id]["outputs"])
+
+
+def files_of(outputs: Mapping[str, Mapping[str, Sequence[Any]]]) -> list[dict[str, str]]:
+    """Node, filename, subfolder, type."""
     return [
         {"node": node_id, **entry}
-        for node_id, output in history[prompt_id]["outputs"].items()
+        for node_id, output in outputs.items()
         for entries in output.values()
         for entry in entries
         if isinstance(entry, dict) and "filename" in entry
@@ -208,18 +219,23 @@ async def run(workflow: Mapping[str, dict[str, Any]], server: str, output: Path 
     async with aiohttp.ClientSession(server, timeout=timeout) as session:
         async with session.ws_connect(f"/ws?clientId={client_id}", max_msg_size=0, heartbeat=60) as socket:
             prompt_id = await queue(session, workflow, client_id)
+            progress = Progress(workflow)
             try:
-                await follow(socket, prompt_id, Progress(workflow))
+                await follow(socket, prompt_id, progress)
             except asyncio.CancelledError:  # Ctrl-C
                 await cancel(session, prompt_id)
                 raise
         outputs = await outputs_of(session, prompt_id)
+        for node_id, given in outputs.items():
+            for note in given.get("text", []):
+                progress.line(f"{progress.title(node_id)}: {note}")
+        files = files_of(outputs)
         if output is not None:
-            await save(session, outputs, output)
+            await save(session, files, output)
     return {
         "prompt_id": prompt_id,
         "seconds": round(time.monotonic() - began, 2),
-        "outputs": outputs,
+        "outputs": files,
         "saved": str(output) if output else None,
     }
 
