@@ -24,7 +24,7 @@ from ..models.cogvideox.image_condition import REFERENCE_KEY, condition_latent
 from ..models.cogvideox.pixels import as_rgb
 from ..models.cogvideox.vae_plan import LATENT_CHUNK, PIXEL_CHUNK, chunk_bounds
 from ..models.progress import Whole
-from ..models.specs import Geometry, SpecError, check_geometry
+from ..models.specs import Geometry, SpecError, check_geometry, size_problem
 from . import adapter
 from .extend import Extension, extend
 from .long_video import HANDLER
@@ -90,7 +90,11 @@ class Extender:
                 MODEL samples closed loops, or there is no RAM for the whole video.
         """
         self._check_no_loop()
-        geometry = check_geometry(frames.shape[2], frames.shape[1], self.plan.length, self.plan.spec)
+        height, width = frames.shape[1:3]
+        problem = size_problem(width, height, self.plan.spec)
+        if problem:
+            raise SpecError(f"images of {width}x{height}: {problem} Scale or crop them before this node.")
+        geometry = check_geometry(width, height, self.plan.length, self.plan.spec)
         frames, note = as_rgb(frames)
         if note:
             log.warning("Extend: %s.", note)

@@ -228,7 +228,8 @@ async def run(workflow: Mapping[str, dict[str, Any]], server: str, output: Path 
         outputs = await outputs_of(session, prompt_id)
         for node_id, given in outputs.items():
             for note in given.get("text", []):
-                progress.line(f"{progress.title(node_id)}: {note}")
+                if not note.startswith("{"):  # JSON, for programs
+                    progress.line(f"{progress.title(node_id)}: {note}")
         files = files_of(outputs)
         if output is not None:
             await save(session, files, output)

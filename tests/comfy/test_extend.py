@@ -124,7 +124,7 @@ def test_sizes_and_lengths_are_refused(inference, tiny_pipelines):
     model, vae = pipeline(tiny_pipelines, "1.5-5B")
     positive, negative = conditionings(model)
     for video, inputs, words in [
-            (frames_of(20)[:, :60], {"length": 17}, "height 60: CogVideoX needs a multiple of 16; nearest: 48 or 64."),
+            (frames_of(20)[:, :60], {"length": 17}, "images of 96x60: height 60: .* nearest: 48 or 64. Scale or crop"),
             (frames_of(8), {"length": 17}, "8 frames: expected at least the overlap of 9. Set overlap to 1,"),
             (frames_of(20), {"length": 25}, "CogVideoX 1.5 needs 16N.1 .*; nearest: 17 or 33."),
             (frames_of(20), {"length": 17, "denoise": 0.1}, "of 6 steps leaves no step to run: .* at least 0.17"),
